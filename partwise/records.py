@@ -1,0 +1,197 @@
+"""The types that flow: row -> Conversation -> Example -> Batch -> loss sum -> StepMetrics. No I/O.
+
+Shapes: T tokens of one example, B rows of a batch. Tensors live on the CPU until the step moves them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image as PILImage
+
+IGNORE_INDEX = -100
+PART_NAMES = ("vision_tower", "audio_tower", "projector", "language_model")
+MODES = ("frozen", "lora", "full")
+Mode = Literal["frozen", "lora", "full"]
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image as the row gives it; decoded only when the example is built.
+
+    `source` is an absolute path, encoded bytes, or a PIL image. `where` names it in messages.
+    """
+
+    source: str | bytes | PILImage.Image
+    where: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `train` says whether an assistant turn's tokens are labels."""
+
+    role: str
+    contents: tuple[Text | Image, ...]
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row of a data file. `source` is the file, `row` the zero-based row in it."""
+
+    messages: tuple[Message, ...]
+    source: str
+    row: int
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(c for m in self.messages for c in m.contents if isinstance(c, Image))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised conversation.
+
+    `labels` (T,) are unshifted: labels[t] is input_ids[t] or IGNORE_INDEX, and labels[0] is always
+    IGNORE_INDEX. `token_fields` are other per-token inputs of the model, each (T,), such as Gemma-3's
+    token_type_ids. `media` are the model's image inputs as its processor made them, first axis images or
+    patches.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    token_fields: dict[str, torch.Tensor]
+    media: dict[str, torch.Tensor]
+    num_target_tokens: int
+    source: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that gives no example, and why: `reason` is one of data.chat.DROP_REASONS."""
+
+    reason: str
+    source: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, right-padded to its longest example.
+
+    `input_ids`, `labels`, `document_ids` and each of `token_fields` are (B, T). document_ids is the index
+    of the document a token belongs to and -1 for padding; here each row is one document.
+    `rows` names the examples as "source:row".
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    document_ids: torch.Tensor
+    token_fields: dict[str, torch.Tensor]
+    media: dict[str, torch.Tensor]
+    num_target_tokens: int
+    num_input_tokens: int
+    rows: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepData:
+    """All micro-batches of one optimizer step, and the rows that gave none, counted by reason."""
+
+    step: int
+    batches: tuple[Batch, ...]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    use_dora: bool
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """What happens to one part in this run. Names are full dotted names in the loaded model.
+
+    `trainable` are the names after adapters were added. `held` are parameters that the mode would open
+    but that stay frozen, each with its reason. `lora_targets` are the modules that get an adapter.
+    """
+
+    part: str
+    mode: Mode
+    module_paths: tuple[str, ...]
+    num_parameters: int
+    num_trainable: int
+    num_layers: int
+    trainable: tuple[str, ...]
+    held: dict[str, str]
+    learning_rate: float
+    weight_decay: float
+    lora: LoraSettings | None = None
+    lora_targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PartsPlan:
+    """One plan for all parts of a model, in the order of PART_NAMES."""
+
+    parts: tuple[PartPlan, ...]
+
+    def __getitem__(self, part: str) -> PartPlan:
+        for plan in self.parts:
+            if plan.part == part:
+                return plan
+        raise KeyError(part)
+
+    def __contains__(self, part: str) -> bool:
+        return any(plan.part == part for plan in self.parts)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return tuple(name for plan in self.parts for name in plan.trainable)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step. `loss` is the mean over the step's target tokens, in nats.
+
+    `grad_norm` is the global norm before clipping, `grad_norms` the same per part.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    grad_norms: dict[str, float]
+    learning_rates: dict[str, float]
+    num_input_tokens: int
+    num_target_tokens: int
+    num_dropped: dict[str, int]
+    step_seconds: float
+    data_wait_seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one preflight check found. `level` is error, warning or info."""
+
+    check: str
+    level: Literal["error", "warning", "info"]
+    message: str
+    where: str = ""
+    fix: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
