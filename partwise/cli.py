@@ -1,0 +1,160 @@
+"""The command line: one command is one call.
+
+Nothing heavy is imported before the command is known, so `partwise --help` answers at once. Faults of the
+user are printed as one paragraph on stderr with exit code 1; a traceback is always a fault of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from partwise.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="partwise",
+    help="Fine-tune multimodal language models part by part, and know exactly what trains.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=100.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as in the config's output.")]
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+) -> None:
+    """Check the config, train, and write the run folder with final/ in it."""
+    from partwise import run
+    from partwise.config import load_config
+
+    run.train(load_config(config, overrides or []), resume=resume, console=console())
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every row instead of a sample.")] = False,
+) -> None:
+    """Say whether this run will learn what its config says, without training."""
+    from partwise import run
+    from partwise.config import load_config
+
+    if not run.check(load_config(config, overrides or []), full=full, console=console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def parts(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or a config file.")],
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Print the parts of a model, without loading its weights; with a config, what each of them does."""
+    from partwise import show
+
+    show.print_parts(model, trust_remote_code, console())
+
+
+@app.command()
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option("--row", min=0, help="Row of the training data, from 0.")] = 0,
+) -> None:
+    """Show one row as the model sees it: rendered conversation, trained tokens coloured, images and counts."""
+    from partwise import show
+    from partwise.config import load_config
+
+    show.print_preview(load_config(config, overrides or []), row, console())
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into the base weights.")] = False,
+) -> None:
+    """Write what a run trained as a folder that other tools load."""
+    from partwise.export.folder import export_run
+
+    path = export_run(run, out, merge=merge)
+    console().print(f"wrote {path}")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model, adapter or run folder.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Image to ask about; may repeat.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Ask once and leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+) -> None:
+    """Talk to a model; the answer streams."""
+    from partwise.serve.chat import run_chat
+
+    run_chat(model, [str(path) for path in image or []], prompt, max_new_tokens)
+
+
+@app.command()
+def plot(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")]) -> None:
+    """Draw the loss of one run, or of several over each other, to plots/loss.png of the first."""
+    from partwise.train.plots import plot_runs
+
+    console().print(f"wrote {plot_runs(runs)}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the config's JSON schema, for editors."""
+    import json
+
+    from partwise.config import config_schema
+
+    print(json.dumps(config_schema(), indent=2))
+
+
+@app.command()
+def tiny(
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="Such as gemma3, llava-next, qwen2.5-vl, llama.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must be empty or new.")],
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Write a tiny random model of a family as a whole Hugging Face folder, for trying configs."""
+    from partwise.model.tiny import write_tiny
+
+    console().print(f"wrote {write_tiny(family, folder, seed=seed)}")
+
+
+def main() -> None:
+    """The entry point: user faults as text, exit code 1; an interrupt as 130."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A run -> a folder that other tools load: a whole Hugging Face model, or a PEFT adapter as it is.
+
+Written to a temporary name and renamed, so an export that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from partwise.errors import CheckpointError
+from partwise.export.adapter import base_path, is_adapter, merge_adapter
+from partwise.model.load import load_model_config
+from partwise.train.checkpoint import read_manifest, write_manifest
+
+
+def final_folder(run: Path) -> Path:
+    """The folder that holds what a run trained: RUN/final, or the folder itself when it is a model.
+
+    Raises:
+        CheckpointError: nothing was trained there yet.
+    """
+    for folder in (run / "final", run):
+        if (folder / "config.json").is_file() or is_adapter(folder):
+            return folder
+    state = "has no final/ yet" if run.is_dir() else "does not exist"
+    raise CheckpointError(
+        f"{run} {state}. Give the output folder of a finished run, or finish it with "
+        "`partwise train CONFIG --resume`."
+    )
+
+
+def export_run(run: Path, out: Path, merge: bool = False) -> Path:
+    """`out`, holding the run's final model; with `merge`, adapters are merged into the base in fp32.
+
+    Raises:
+        CheckpointError: `out` exists, the run has no final model, or there is nothing to merge.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} exists already and is left as it is. Choose another --out.")
+    source = final_folder(run)
+    if merge and not is_adapter(source):
+        raise CheckpointError(
+            f"{source} was trained full and has no adapter to merge: it is a whole model already. "
+            "Leave --merge out to copy it."
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if merge:
+            write_merged(source, partial)
+        else:
+            shutil.copytree(source, partial)
+        partial.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}. Free space or choose another --out.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def write_merged(source: Path, out: Path) -> None:
+    """The merged model in the base's dtype, with processor, generation config and lineage."""
+    base = base_path(source)
+    merged = merge_adapter(source)
+    dtype = load_model_config(base).dtype or torch.float32
+    merged.model.to(dtype)
+    merged.model.save_pretrained(out)
+    merged.processor.save_pretrained(out)
+    parent = read_manifest(source) or {}
+    write_manifest(out, {**parent, "kind": "merged", "merged_from": str(source)})

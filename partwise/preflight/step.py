@@ -1,0 +1,124 @@
+"""One real forward and backward pass, on the weights and rows of the run; nothing is changed by it.
+
+It proves that the loss is finite, that it is the model's own loss, and that gradients reach every trainable
+tensor and no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from partwise.model.load import LoadedModel
+from partwise.records import IGNORE_INDEX, Batch, Finding
+from partwise.train.engine import restored_rng
+from partwise.train.job import Job
+from partwise.train.step import batch_loss_sum, model_inputs
+
+# How far our loss may be from the one computed from the model's own logits, relative, by weight type.
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def check_step(job: Job, loaded: LoadedModel) -> list[Finding]:
+    """Findings of one backward pass over the first step's micro-batches; weights, gradients and RNG are as before.
+
+    Raises:
+        DataError: no row of the first step can be used.
+    """
+    model = loaded.model
+    with restored_rng():
+        batch = first_batch(job)
+        findings = [*check_loss(job, model, batch)]
+        if not any(finding.level == "error" for finding in findings):
+            findings += check_gradients(job, model, batch)
+        model.zero_grad(set_to_none=True)
+    return findings
+
+
+def first_batch(job: Job) -> Batch:
+    """The first micro-batch of the run that holds an image, or else the first one."""
+    step_data = next(iter(job.loader.iterate(0, 1)))
+    return next((batch for batch in step_data.batches if batch.media), step_data.batches[0])
+
+
+def check_loss(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
+    """The loss is finite, and equal to cross-entropy on the logits that the model itself returns."""
+    with torch.no_grad():
+        ours = batch_loss_sum(model, batch, job.device).item() / batch.num_target_tokens
+        reference = reference_loss(model, batch, job.device)
+    rows = f"{batch.rows[0]} and {len(batch.rows) - 1} more rows" if len(batch.rows) > 1 else batch.rows[0]
+    if not math.isfinite(ours):
+        yield Finding(
+            "step", "error", f"the first loss is {ours}", rows, "Try model.dtype=float32; check the weights."
+        )
+        return
+    tolerance = LOSS_TOLERANCE[next(model.parameters()).dtype]
+    if abs(ours - reference) > tolerance * max(1.0, abs(reference)):
+        yield Finding(
+            "step",
+            "error",
+            f"the loss from hidden states is {ours:.4f} but the model's own logits give {reference:.4f}: "
+            f"{type(model).__name__} changes its logits in a way that Partwise does not know",
+            rows,
+            "This model class cannot be trained with this version.",
+        )
+        return
+    yield Finding(
+        "step",
+        "info",
+        f"first loss {ours:.3f} on {batch.num_target_tokens} target tokens "
+        f"(a uniform guess is {math.log(model.get_output_embeddings().weight.shape[0]):.3f})",  # type: ignore[operator]
+        rows,
+        values={"loss": ours, "reference_loss": reference},
+    )
+
+
+def reference_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> float:
+    """Mean loss of the batch from the logits of the model's whole forward."""
+    logits = model(**model_inputs(model, batch, device)).logits[:, :-1].float()
+    labels = batch.labels[:, 1:].to(device)
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total.item() / batch.num_target_tokens
+
+
+def check_gradients(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
+    """Every trainable tensor has a finite gradient, and no frozen one has any."""
+    model.zero_grad(set_to_none=True)
+    loss = batch_loss_sum(model, batch, job.device) / batch.num_target_tokens
+    if loss.requires_grad:
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for part in job.plan.parts:
+        missing = [name for name in part.trainable if gradients.get(name) is None]
+        if missing and part.part != "language_model" and not batch.media:
+            yield Finding(
+                "step",
+                "error",
+                f"{part.part} is set to train, but none of the rows of the first step has an image, so no "
+                "gradient can reach it",
+                batch.rows[0],
+                f"Give rows with images, or set parts.{part.part} to frozen.",
+            )
+        elif missing:
+            yield Finding(
+                "step",
+                "error",
+                f"no gradient reaches {len(missing)} of the {len(part.trainable)} tensors of {part.part} that "
+                f"the plan trains: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+                batch.rows[0],
+                "Freeze them with a layer range, or report the model family.",
+            )
+        broken = [n for n in part.trainable if gradients.get(n) is not None and not gradients[n].isfinite().all()]
+        if broken:
+            yield Finding(
+                "step", "error", f"the gradient of {broken[0]} is not finite", batch.rows[0], "Use float32."
+            )
+    trainable = set(job.plan.trainable)
+    leaked = [name for name, gradient in gradients.items() if gradient is not None and name not in trainable]
+    if leaked:
+        yield Finding("step", "error", f"{len(leaked)} frozen tensors got a gradient: {', '.join(leaked[:3])}")
+    reached = sum(gradients.get(name) is not None for name in trainable)
+    yield Finding("step", "info", f"gradients reach {reached} of {len(trainable)} trainable tensors")

@@ -1,0 +1,101 @@
+"""Answers from a model, adapter or run folder, streamed to the terminal or returned as text.
+
+In: a folder and a conversation. Out: the model's greedy answer through its own chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from partwise.config import ModelConfig
+from partwise.data.chat import prompt_inputs
+from partwise.data.sources import parse_image
+from partwise.errors import DataError
+from partwise.export.adapter import is_adapter, open_adapter
+from partwise.export.folder import final_folder
+from partwise.model.load import LoadedModel, load_model
+from partwise.records import Conversation, Image, Message, Text
+from partwise.train.engine import pick_device
+
+
+def open_chat(folder: str | Path, dtype: str = "float32") -> LoadedModel:
+    """The model of a model, adapter or run folder on the device at hand, in eval mode.
+
+    Raises:
+        CheckpointError: nothing there can be loaded.
+    """
+    device = pick_device()
+    path = final_folder(Path(folder))
+    dtype = "bfloat16" if device.type == "cuda" else dtype
+    if is_adapter(path):
+        return open_adapter(path, dtype=dtype, device=device)
+    loaded = load_model(ModelConfig(path=str(path), dtype=dtype), device=device)  # type: ignore[arg-type]
+    loaded.model.eval()
+    return loaded
+
+
+@torch.inference_mode()
+def answer(
+    loaded: LoadedModel,
+    messages: list[Message],
+    max_new_tokens: int = 256,
+    streamer: TextStreamer | None = None,
+) -> str:
+    """The model's answer to the last user message, decoded greedily, without special tokens."""
+    conversation = Conversation(tuple(messages), source="chat", row=0)
+    inputs = prompt_inputs(loaded.processor, conversation)
+    model: Any = loaded.model
+    inputs = {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for key, value in inputs.items()
+    }
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    tokens = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer_of(loaded).decode(tokens, skip_special_tokens=True)).strip()
+
+
+def user_message(text: str, images: list[Image]) -> Message:
+    return Message(role="user", contents=(*images, Text(text)))
+
+
+def run_chat(
+    folder: Path,
+    image_paths: list[str],
+    prompt: str | None,
+    max_new_tokens: int,
+    read: Callable[[str], str] = input,
+) -> None:
+    """Ask once with `prompt`, or talk until an empty line or end of input; images go with the first question.
+
+    Raises:
+        CheckpointError: the folder cannot be loaded.
+        DataError: an image is missing, or the model takes none.
+    """
+    loaded = open_chat(folder)
+    images = [parse_image(path, Path.cwd(), "--image") for path in image_paths]
+    if images and not hasattr(loaded.processor, "image_processor"):
+        raise DataError(f"--image: {folder} is a text model and takes no images. Leave --image out.")
+    streamer = TextStreamer(tokenizer_of(loaded), skip_prompt=True, skip_special_tokens=True)
+    messages: list[Message] = []
+    question = prompt if prompt is not None else ask_user(read)
+    while question:
+        messages.append(user_message(question, images if not messages else []))
+        text = answer(loaded, messages, max_new_tokens, streamer)
+        messages.append(Message(role="assistant", contents=(Text(text),)))
+        question = None if prompt is not None else ask_user(read)
+
+
+def ask_user(read: Callable[[str], str]) -> str | None:
+    try:
+        return read("> ").strip() or None
+    except EOFError:
+        return None
+
+
+def tokenizer_of(loaded: LoadedModel) -> Any:
+    return getattr(loaded.processor, "tokenizer", loaded.processor)

@@ -1,0 +1,85 @@
+"""Tables for the terminal: a plan, findings. In: records. Out: rich renderables. Nothing is printed here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from partwise.records import Finding, PartPlan, PartsPlan
+
+LEVEL_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+MODE_STYLES = {"frozen": "blue", "lora": "green", "full": "bold green"}
+
+
+def format_count(count: int) -> str:
+    """A parameter count for reading: 340288 -> "340 K", 4_300_079_472 -> "4.30 B"."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return str(count)
+
+
+def plan_table(plan: PartsPlan) -> Table:
+    """What each part does in this run: mode, parameters, learning rate, adapters, tensors held back."""
+    table = Table(title="parts", title_justify="left", title_style="bold")
+    for name, justify in (
+        ("part", "left"),
+        ("mode", "left"),
+        ("parameters", "right"),
+        ("trainable", "right"),
+        ("layers", "right"),
+        ("learning rate", "right"),
+        ("module", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for part in plan.parts:
+        table.add_row(
+            part.part,
+            Text(describe_mode(part), style=MODE_STYLES[part.mode]),
+            format_count(part.num_parameters),
+            format_count(part.num_trainable),
+            str(part.num_layers or "-"),
+            "-" if part.mode == "frozen" else f"{part.learning_rate:g}",
+            ", ".join(part.module_paths),
+        )
+    return table
+
+
+def describe_mode(part: PartPlan) -> str:
+    """A mode in a few words: "lora r16 on 28 modules"."""
+    if part.lora is None:
+        return part.mode
+    kind = "dora" if part.lora.use_dora else "lora"
+    return f"{kind} r{part.lora.rank} on {len(part.lora_targets)} modules"
+
+
+def held_lines(plan: PartsPlan) -> list[str]:
+    """One line per reason why tensors stay frozen although their part is open."""
+    lines = []
+    for part in plan.parts:
+        for reason in dict.fromkeys(part.held.values()):
+            names = [name for name, why in part.held.items() if why == reason]
+            shown = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+            lines.append(f"{part.part}: {len(names)} tensors stay frozen: {reason} ({shown})")
+    return lines
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Errors first, then warnings, then what was looked at."""
+    table = Table(show_lines=False, box=None, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    table.add_column("check", no_wrap=True, style="bold")
+    table.add_column("finding")
+    order = list(LEVEL_STYLES)
+    for finding in sorted(findings, key=lambda f: order.index(f.level)):
+        text = Text(finding.message)
+        if finding.where:
+            text.append(f"  [{finding.where}]", style="dim")
+        if finding.fix:
+            text.append(f"\n-> {finding.fix}", style="cyan")
+        level = "ok" if finding.level == "info" else finding.level
+        table.add_row(Text(level, style=LEVEL_STYLES[finding.level]), finding.check, text)
+    return table

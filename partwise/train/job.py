@@ -1,0 +1,101 @@
+"""What a config stands for, opened piece by piece: processor, plan, rows, model. Nothing is trained here.
+
+Each piece is opened when it is first asked for, cheap ones without the dear ones: the plan is resolved on
+the meta device, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from partwise.config import Config
+from partwise.data.chat import ChatFormat
+from partwise.data.loader import StepLoader
+from partwise.data.sources import Rows, open_rows
+from partwise.model.load import LoadedModel, empty_model, load_model, load_processor, media_token_ids
+from partwise.model.parts import resolve_plan
+from partwise.records import PartsPlan
+from partwise.train.engine import pick_device
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Job:
+    """One config's pieces. Errors of the user surface where the piece is first asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @cached_property
+    def device(self) -> torch.device:
+        return pick_device()
+
+    @cached_property
+    def empty_model(self) -> PreTrainedModel:
+        return empty_model(self.config.model.path, self.config.model.trust_remote_code)
+
+    @cached_property
+    def plan(self) -> PartsPlan:
+        return resolve_plan(self.empty_model, self.config)
+
+    @cached_property
+    def processor(self) -> Any:
+        model = self.config.model
+        return load_processor(model.path, model.trust_remote_code, model.chat_template)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Padding is masked by document_ids, never by this id: any valid id serves."""
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        data = self.config.data
+        ids = media_token_ids(self.empty_model.config, self.processor)
+        return ChatFormat(self.processor, ids, data.max_seq_len, data.overlong)
+
+    @cached_property
+    def rows(self) -> Rows:
+        return open_rows(self.config.data.train_files)
+
+    @cached_property
+    def eval_rows(self) -> Rows | None:
+        files = self.config.data.eval_files
+        return open_rows(files) if files else None
+
+    @cached_property
+    def loader(self) -> StepLoader:
+        return self._loader(self.rows, shuffle=True)
+
+    @cached_property
+    def eval_loader(self) -> StepLoader | None:
+        return None if self.eval_rows is None else self._loader(self.eval_rows, shuffle=False)
+
+    def _loader(self, rows: Rows, shuffle: bool) -> StepLoader:
+        train = self.config.train
+        return StepLoader(
+            rows,
+            self.chat_format,
+            self.pad_token_id,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            seed=train.seed,
+            num_workers=self.config.data.num_workers,
+            shuffle=shuffle,
+        )
+
+    @property
+    def num_steps(self) -> int:
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        return max(1, math.ceil(train.epochs * self.loader.steps_per_epoch))
+
+    def load_model(self) -> LoadedModel:
+        """The model with its weights on the device, before any plan is applied."""
+        return load_model(self.config.model, device=self.device)
