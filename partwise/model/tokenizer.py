@@ -44,7 +44,8 @@ def _content(image: str) -> str:
         "{%- else -%}{%- for part in content -%}"
         "{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
         f"{{%- elif part['type'] == 'image' -%}}{{{{- {image!r} -}}}}"
-        "{%- else -%}{{- raise_exception('this model takes text and images, not ' + part['type']) -}}{%- endif -%}"
+        "{%- else -%}{{- raise_exception('this model takes text and images, not ' + part['type']) -}}"
+        "{%- endif -%}"
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
     )
 
@@ -217,7 +218,7 @@ def build_tokenizer(special: SpecialTokens) -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator(CORPUS.strip().splitlines(keepends=True), trainer)
     core.add_special_tokens(list(special.last))
-    if special.adds_bos:
+    if special.adds_bos and special.bos:
         core.post_processor = TemplateProcessing(
             single=f"{special.bos} $A",
             pair=f"{special.bos} $A {special.bos} $B",
