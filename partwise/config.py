@@ -1,135 +1,209 @@
 """The config: one YAML file, `key.path=value` overrides, strict types, every fault at once.
 
-In: a path and overrides. Out: a frozen `Config` that knows the file:line of each of its keys.
-Validators check; they never fill in or rewrite. The freeze flags are turned into `parts` by flags.py.
+In: a path and overrides. Out: a frozen `Config` that knows the file:line of each of its keys. The keys are
+in sections.py, the rules between them in rules.py; flags.py turns the freeze flags into `parts`.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+import yaml
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from partwise.records import Mode
+from partwise.document import Document, Fault, find_origin, join_faults, join_origins, read_document
+from partwise.errors import ConfigError, PlanError
+from partwise.faults import explain_errors, split_unknown
+from partwise.flags import (
+    FLAGS,
+    USUAL_FLAGS,
+    USUAL_PARTS,
+    check_flags,
+    compare_flags,
+    deciding_flag,
+    expand_flags,
+)
+from partwise.records import PART_NAMES
+from partwise.reference import write_reference
+from partwise.rules import check_evaluation, check_parts, check_train
+from partwise.sections import TAGS, DataConfig, ModelConfig, PartConfig, PartsConfig, Section, TrainConfig
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelConfig(Section):
-    path: str = Field(description="Hugging Face model folder, or a hub name where a hub is reachable.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Type of the weights in memory. Trained bfloat16 weights keep fp32 masters."
-    )
-    attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="Attention implementation; both keep the model's own masks exactly."
-    )
-    chat_template: str | None = Field(
-        None, description="File with a Jinja chat template, for base models that have none."
-    )
-    trust_remote_code: bool = Field(False, description="Run model code that ships in the model folder.")
-
-
-class PartConfig(Section):
-    mode: Mode = Field(description="frozen, lora or full.")
-    learning_rate: float | None = Field(None, gt=0, description="Instead of train.learning_rate.")
-    weight_decay: float | None = Field(None, ge=0, description="Instead of train.weight_decay.")
-    layers: str | None = Field(
-        None, description='Range of layers that train, as a Python slice: "-12:" is the last twelve.'
-    )
-    lora_rank: int = Field(16, ge=1, description="Rank of the adapters.")
-    lora_alpha: float | None = Field(None, gt=0, description="Scale is alpha / rank; default is 2 * rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
-    lora_targets: Literal["attention", "mlp", "all"] = Field(
-        "all", description="Linear layers of the part that get an adapter."
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
-    use_dora: bool = Field(False, description="Train a magnitude per output beside the adapter (DoRA).")
-
-
-class PartsConfig(Section):
-    """Modes per part: a mode alone, or its settings. A part that is not named stays frozen."""
-
-    vision_tower: Mode | PartConfig | None = None
-    audio_tower: Mode | PartConfig | None = None
-    projector: Mode | PartConfig | None = None
-    language_model: Mode | PartConfig | None = None
-
-    def settings(self, part: str) -> PartConfig | None:
-        """The part's settings in full; None when the config does not name the part."""
-        value = getattr(self, part)
-        return PartConfig(mode=value) if isinstance(value, str) else value
-
-
-class DataConfig(Section):
-    train: str | Annotated[list[str], Field(min_length=1)] = Field(
-        description="One file or a list: .jsonl, .json or .parquet. Relative to the working directory."
-    )
-    eval: str | list[str] | None = Field(None, description="Held-out rows for the evaluation loss.")
-    max_seq_len: int = Field(4096, ge=8, description="Longest example, in tokens, images included.")
-    overlong: Literal["truncate", "drop", "error"] = Field(
-        "truncate",
-        description="What happens to longer rows. Rows that truncation would cut inside an image or leave "
-        "without a target token are dropped and counted.",
-    )
-    num_workers: int = Field(2, ge=0, description="Processes that read and process rows ahead of the step.")
-
-    @property
-    def train_files(self) -> list[str]:
-        return [self.train] if isinstance(self.train, str) else list(self.train)
-
-    @property
-    def eval_files(self) -> list[str]:
-        return [self.eval] if isinstance(self.eval, str) else list(self.eval or ())
-
-
-class TrainConfig(Section):
-    epochs: float = Field(1.0, gt=0, description="Passes over the training rows; ignored when steps is set.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps, instead of epochs.")
-    global_batch_size: int = Field(32, ge=1, description="Rows per optimizer step.")
-    micro_batch_size: int = Field(4, ge=1, description="Rows per forward and backward pass.")
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of parts without their own.")
-    learning_rate_schedule: Literal["cosine", "linear", "constant"] = Field("cosine")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from zero.")
-    min_learning_rate_fraction: float = Field(
-        0.0, ge=0, le=1, description="Where the schedule ends, as a fraction of the peak."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Never applied to norms, biases and embeddings.")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999))
-    adam_eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="Clip by the global norm.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute layers in the backward pass of the parts that need one."
-    )
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(1, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; also at the end.")
-    save_every: int | None = Field(None, ge=1, description="Steps between checkpoints.")
-    keep_last: int = Field(2, ge=1, description="Checkpoints that are kept; final/ always is.")
+__all__ = [
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "PartConfig",
+    "PartsConfig",
+    "TrainConfig",
+    "config_schema",
+    "dump_config",
+    "load_config",
+]
 
 
 class Config(Section):
-    model: ModelConfig
-    parts: PartsConfig
-    data: DataConfig
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    model: ModelConfig = Field(description="The model that is trained.")
+    parts: PartsConfig = Field(description="What happens to each part of the model.")
+    data: DataConfig = Field(description="The rows, and how long an example may be.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="Steps, rates and what is saved.")
     engine: Literal["auto", "single"] = Field(
         "auto", description="Both train on one device: the GPU where there is one, else the CPU."
     )
-    output: str = Field(description="The run folder. Relative to the working directory.")
+    output: str = Field(min_length=1, description="The run folder. Relative to the working directory.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    _expanded_flags: str | None = PrivateAttr(None)
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _check_engine(cls, value: Any) -> Any:
+        if value in ("ddp", "fsdp", "zero2", "zero3"):
+            raise ValueError(
+                "shards or copies over several devices; this version trains on one. Write engine: auto."
+            )
+        return value
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings; where they were written does not count."""
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()
+
+    @property
+    def expanded_flags(self) -> str | None:
+        """The `parts` that the config's freeze flags stand for, as text to print; None without flags."""
+        return self._expanded_flags
 
     def where(self, key: str) -> str:
         """ "file:line" of a key such as "parts.projector.mode", or of its nearest parent that is written."""
-        raise NotImplementedError
+        return find_origin(self._origins, key)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    raise NotImplementedError
+SECTIONS: dict[str, type[Section]] = {
+    "": Config,
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "parts": PartsConfig,
+    **{f"parts.{part}": PartConfig for part in reversed(PART_NAMES)},
+}
+_KEYS = {name: [*section.model_fields, *(() if name else FLAGS)] for name, section in SECTIONS.items()}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """
+    Raises:
+        ConfigError: the file is no config; the text has one line for each fault in it.
+        PlanError: no part would train.
+    """
+    document = read_document(path, overrides)
+    values, unknown = split_unknown(document.values, _KEYS)
+    faults = [*document.faults, *unknown]
+    flags = {name: values.pop(name) for name in FLAGS if name in values}
+    expansion = None
+    if flags:
+        expansion = _expand(flags, values, document, faults)
+    elif "parts" not in values:
+        faults.append(
+            Fault("", f"parts: missing, so nothing says what trains. The usual recipe is {USUAL_PARTS}.")
+        )
+    config = _validate(values, faults, skip_parts="parts" not in values)
+    if faults or config is None:
+        raise ConfigError(join_faults(document.origins, faults))
+    config._origins = document.origins
+    config._expanded_flags = expansion
+    _require_training(config, USUAL_FLAGS if expansion else USUAL_PARTS)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal Config, defaults written out."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    # A default that is written out would be a setting for the mode, and not every mode has every setting.
+    values["parts"] = config.parts.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def config_schema() -> dict[str, Any]:
-    raise NotImplementedError
+    """JSON schema of a config file, the freeze flags included."""
+    schema = Config.model_json_schema()
+    schema["properties"] |= FLAGS
+    schema["required"].remove("parts")
+    schema["anyOf"] = [{"required": [name]} for name in ("parts", *FLAGS)]
+    return schema
+
+
+def _expand(
+    flags: dict[str, Any], values: dict[str, Any], document: Document, faults: list[Fault]
+) -> str | None:
+    """The flags' expansion as text, also put into `values`; None where they are wrong or `parts` says it."""
+
+    def where(key: str) -> str:
+        return find_origin(document.origins, key)
+
+    if wrong := check_flags(flags, where):
+        faults += wrong
+        return None
+    if "parts" in values:
+        parts = values["parts"]
+        faults += compare_flags(flags, parts if isinstance(parts, Mapping) else {}, where)
+        return None
+    values["parts"] = expand_flags(flags)
+    document.origins["parts"] = where(next(iter(flags)))
+    for part in values["parts"]:
+        document.origins[f"parts.{part}"] = where(deciding_flag(flags, part))
+    places = join_origins([where(flag) for flag in flags])
+    return f"The freeze flags ({places}) stand for\n" + yaml.safe_dump(
+        {"parts": values["parts"]}, sort_keys=False
+    )
+
+
+def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> Config | None:
+    """The config, or None; adds a fault for each wrong value, and for each broken rule between right ones."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        found = list(explain_errors(error, SECTIONS, TAGS))
+        found = [fault for fault in found if not (skip_parts and fault.key == "parts")]
+        faults += found
+        faults += _check_sound_sections(values, {fault.key for fault in found})
+        return None
+    faults += [
+        *check_train(config.train),
+        *check_parts(config.parts),
+        *check_evaluation(config.train, config.data),
+    ]
+    return config
+
+
+def _check_sound_sections(values: Mapping[str, Any], faulty: set[str]) -> Iterator[Fault]:
+    def is_sound(section: str) -> bool:
+        return not any(key == section or key.startswith(f"{section}.") for key in faulty)
+
+    if is_sound("train"):
+        yield from check_train(TrainConfig.model_validate(values.get("train", {})))
+    parts = values.get("parts")
+    if isinstance(parts, Mapping):
+        sound = {part: value for part, value in parts.items() if is_sound(f"parts.{part}")}
+        yield from check_parts(PartsConfig.model_validate(sound))
+
+
+def _require_training(config: Config, recipe: str) -> None:
+    """
+    Raises:
+        PlanError: no part would train.
+    """
+    named = {part: settings for part in PART_NAMES if (settings := config.parts.settings(part)) is not None}
+    if any(settings.mode != "frozen" for settings in named.values()):
+        return
+    parts = [part for part in PART_NAMES if part in named or part != "audio_tower"]
+    places = join_origins([config.where(f"parts.{part}") for part in named] or [config.where("parts")])
+    raise PlanError(
+        f"nothing would train: {', '.join(parts[:-1])} and {parts[-1]} are all frozen ({places}). "
+        f"The usual recipe keeps the vision tower frozen and opens the other two: {recipe}."
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(write_reference(config_schema()))

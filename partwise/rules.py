@@ -1,0 +1,79 @@
+"""What keys of a config must satisfy together.
+
+In: valid sections. Out: a fault for each setting that contradicts another, or that would have no effect.
+Whether a plan fits the model is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from partwise.document import Fault
+from partwise.faults import show_value
+from partwise.records import PART_NAMES
+from partwise.sections import DataConfig, PartConfig, PartsConfig, TrainConfig
+
+
+def check_train(train: TrainConfig) -> Iterator[Fault]:
+    if train.micro_batch_size > train.global_batch_size:
+        key = "train.micro_batch_size"
+        if "micro_batch_size" not in train.model_fields_set:
+            key = "train.global_batch_size"
+        yield Fault(
+            key,
+            f"train.micro_batch_size: {train.micro_batch_size} is more than train.global_batch_size "
+            f"({train.global_batch_size}). Lower the first or raise the second.",
+        )
+    if train.steps is not None and train.warmup_steps >= train.steps:
+        yield Fault(
+            "train.warmup_steps",
+            f"train.warmup_steps: {train.warmup_steps} leaves nothing of train.steps ({train.steps}). "
+            "Warm up for fewer steps.",
+        )
+    if train.learning_rate_schedule == "constant" and train.min_learning_rate_fraction > 0:
+        yield Fault(
+            "train.min_learning_rate_fraction",
+            f"train.min_learning_rate_fraction: {train.min_learning_rate_fraction} has no effect: "
+            "train.learning_rate_schedule is constant. Remove it, or choose cosine or linear.",
+        )
+
+
+def check_evaluation(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
+    if train.eval_every is not None and data.eval is None:
+        yield Fault(
+            "train.eval_every",
+            f"train.eval_every: {train.eval_every} has no effect: there is no data.eval. "
+            "Add it, or remove this.",
+        )
+
+
+_NEEDS_LORA = tuple(name for name in PartConfig.model_fields if name.startswith(("lora_", "use_")))
+_NEEDS_TRAINING = ("learning_rate", "weight_decay", "layers")
+# PEFT's adapter format holds one value of each for all adapters of a model.
+_ONE_PER_ADAPTER = ("lora_dropout", "use_rslora", "use_dora")
+
+
+def check_parts(parts: PartsConfig) -> Iterator[Fault]:
+    named = {part: settings for part in PART_NAMES if (settings := parts.settings(part)) is not None}
+    for part, settings in named.items():
+        idle = (*_NEEDS_TRAINING, *_NEEDS_LORA) if settings.mode == "frozen" else _NEEDS_LORA
+        for name in () if settings.mode == "lora" else idle:
+            value = getattr(settings, name)
+            if name in settings.model_fields_set and value is not None:
+                state = {"frozen": "frozen", "full": "trained in full, without adapters"}[settings.mode]
+                yield Fault(
+                    f"parts.{part}.{name}",
+                    f"parts.{part}.{name}: {show_value(value)} has no effect: {part} is {state}. "
+                    "Remove it, or change the mode.",
+                )
+    adapted = {part: settings for part, settings in named.items() if settings.mode == "lora"}
+    for name in _ONE_PER_ADAPTER:
+        given = {part: getattr(settings, name) for part, settings in adapted.items()}
+        if len(set(given.values())) > 1:
+            shown = ", ".join(f"{show_value(value)} for {part}" for part, value in given.items())
+            part = next(part for part in given if name in adapted[part].model_fields_set)
+            yield Fault(
+                f"parts.{part}.{name}",
+                f"parts.{part}.{name}: {shown}; an adapter folder holds one value for all parts. "
+                "Write the same for each.",
+            )

@@ -1,0 +1,157 @@
+"""The sections of a config and their keys: types, bounds, defaults, units.
+
+In: values as YAML gives them. Out: frozen sections; a wrong value is a pydantic error. Validators check; they
+never fill in or rewrite. What several keys must satisfy together is in rules.py, loading in config.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+
+from partwise.records import Mode
+
+Steps = Annotated[int, Field(json_schema_extra={"unit": "steps"})]
+Tokens = Annotated[int, Field(json_schema_extra={"unit": "tokens"})]
+Rows = Annotated[int, Field(json_schema_extra={"unit": "rows"})]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Files = Annotated[
+    Annotated[str, Field(min_length=1), Tag("one file")]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Tag("files")],
+    Discriminator(lambda value: "files" if isinstance(value, list) else "one file"),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        min_length=1, description="Hugging Face model folder, or a hub name where a hub is reachable."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Type of the weights in memory. Trained bfloat16 weights keep fp32 masters."
+    )
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="Attention implementation; both keep the model's own masks exactly."
+    )
+    chat_template: str | None = Field(
+        None, description="File with a Jinja chat template, for base models that have none."
+    )
+    trust_remote_code: bool = Field(False, description="Run model code that ships in the model folder.")
+
+
+class PartConfig(Section):
+    mode: Mode = Field(description="frozen: unchanged; lora: adapters train; full: its weights train.")
+    learning_rate: float | None = Field(None, gt=0, description="Instead of train.learning_rate.")
+    weight_decay: float | None = Field(None, ge=0, description="Instead of train.weight_decay.")
+    layers: str | None = Field(
+        None, description='Range of layers that train, as a Python slice: "-12:" is the last twelve.'
+    )
+    lora_rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    lora_alpha: float | None = Field(None, gt=0, description="Scale is alpha / rank; default is 2 * rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    lora_targets: Literal["attention", "mlp", "all"] = Field(
+        "all", description="Linear layers of the part that get an adapter."
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
+    use_dora: bool = Field(False, description="Train a magnitude per output beside the adapter (DoRA).")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and re.fullmatch(r"-?\d+:(-?\d+)?|:-?\d+", value)):
+            return value
+        raise ValueError(
+            'is not a range of layers. Write a slice in quotes: "-12:" (the last twelve), ":4", "2:8".'
+        )
+
+
+PartSettings = Annotated[
+    Annotated[Mode, Tag("a mode")] | Annotated[PartConfig, Tag("settings")],
+    Discriminator(lambda value: "settings" if isinstance(value, Mapping | PartConfig) else "a mode"),
+]
+# The names of union members: pydantic puts them into an error's location.
+TAGS = ("one file", "files", "a mode", "settings")
+
+
+class PartsConfig(Section):
+    """Modes per part: a mode alone, or its settings. A part that is not named stays frozen."""
+
+    vision_tower: PartSettings | None = Field(None, description="The image encoder.")
+    audio_tower: PartSettings | None = Field(None, description="The audio encoder.")
+    projector: PartSettings | None = Field(
+        None, description="What maps the towers' outputs into the language model."
+    )
+    language_model: PartSettings | None = Field(
+        None, description="The decoder, with its embeddings and output head."
+    )
+
+    def settings(self, part: str) -> PartConfig | None:
+        """The part's settings in full; None when the config does not name the part."""
+        value: Mode | PartConfig | None = getattr(self, part)
+        return PartConfig(mode=value) if isinstance(value, str) else value
+
+
+class DataConfig(Section):
+    train: Files = Field(
+        description="One file or a list: .jsonl, .json or .parquet. Relative to the working directory."
+    )
+    eval: Files | None = Field(None, description="Held-out rows for the evaluation loss.")
+    max_seq_len: Tokens = Field(4096, ge=8, description="Longest example, images included.")
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        "truncate",
+        description="What happens to longer rows. Rows that truncation would cut inside an image or leave "
+        "without a target token are dropped and counted.",
+    )
+    num_workers: int = Field(
+        2,
+        ge=0,
+        description="Processes that prepare rows ahead of the step; 0 does it in the training process.",
+    )
+
+    @property
+    def train_files(self) -> list[str]:
+        return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def eval_files(self) -> list[str]:
+        return [self.eval] if isinstance(self.eval, str) else list(self.eval or ())
+
+
+class TrainConfig(Section):
+    epochs: float = Field(
+        1.0,
+        gt=0,
+        description="Passes over the training rows; ignored when steps is set.",
+        json_schema_extra={"unit": "epochs"},
+    )
+    steps: Steps | None = Field(None, ge=1, description="Optimizer steps, instead of epochs.")
+    global_batch_size: Rows = Field(32, ge=1, description="Rows per optimizer step.")
+    micro_batch_size: Rows = Field(4, ge=1, description="Rows per forward and backward pass.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of parts without their own.")
+    learning_rate_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the rate falls after the warm-up."
+    )
+    warmup_steps: Steps = Field(0, ge=0, description="Linear warm-up from zero.")
+    min_learning_rate_fraction: float = Field(
+        0.0, ge=0, le=1, description="Where the schedule ends, as a fraction of the peak."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Never applied to norms, biases and embeddings.")
+    adam_betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+        (0.9, 0.999), description="Decay of AdamW's two running means."
+    )
+    adam_eps: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Clip by the global norm.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute layers in the backward pass of the parts that need one."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the row order, new weights and dropout.")
+    log_every: Steps = Field(1, ge=1, description="Distance of the lines in metrics.jsonl.")
+    eval_every: Steps | None = Field(None, ge=1, description="Distance of evaluations; also at the end.")
+    save_every: Steps | None = Field(None, ge=1, description="Distance of checkpoints.")
+    keep_last: int = Field(2, ge=1, description="Checkpoints that are kept; final/ always is.")
