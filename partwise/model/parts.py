@@ -1,0 +1,222 @@
+"""The plan put into effect: adapters, gradients, modes, and the adapter as PEFT reads it.
+
+In: a model and its PartsPlan. Out: the same model, in which exactly the planned tensors train, and an adapter
+state that plain PEFT loads. This is the only file that says requires_grad or peft. Which tensors those are
+is decided in model/plan.py, how parts are found in model/find.py; both are offered from here, too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+
+from partwise.errors import CheckpointError, PlanError
+from partwise.model.find import FoundPart, contains, find_parts, shorten
+from partwise.model.plan import resolve_plan
+from partwise.records import LoraSettings, PartPlan, PartsPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "FoundPart",
+    "PartRow",
+    "adapter_config",
+    "adapter_state",
+    "apply_plan",
+    "find_parts",
+    "load_adapter_state",
+    "parts_table",
+    "resolve_plan",
+    "set_train_mode",
+    "verify_plan",
+]
+
+PREFIX = "base_model.model."
+
+
+def apply_plan(model: PreTrainedModel, plan: PartsPlan) -> None:
+    """Adds the adapters, opens exactly the planned tensors, and puts frozen parts in eval mode.
+
+    Raises: PlanError where the model already has adapters, or the result is not the plan.
+    """
+    if any(part.lora for part in plan.parts):
+        if getattr(model, "peft_config", None):
+            raise PlanError("the model already has adapters. Merge them first, or load the model anew.")
+        # Without modules_to_save: parts in mode full train in place and keep their names.
+        inject_adapter_in_model(_lora_config(plan), model)
+    trainable = set(plan.trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    set_train_mode(model, plan)
+    verify_plan(model, plan)
+
+
+def verify_plan(model: PreTrainedModel, plan: PartsPlan, moment: str = "the plan was applied") -> None:
+    """Raises: PlanError with the names, where the tensors that train are not the planned ones."""
+    real = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    planned = set(plan.trainable)
+    extra, missing = sorted(real - planned), sorted(planned - real)
+    if not extra and not missing:
+        return
+    messages = []
+    for part in plan.parts:
+        if names := [n for n in extra if _part_of(plan, n) == part.part]:
+            messages.append(
+                f"{part.part} is {part.mode} by the plan, but {len(names)} of its tensors train after "
+                f"{moment} and should not: {shorten(names)}"
+            )
+        if names := [n for n in missing if n in part.trainable]:
+            messages.append(
+                f"{part.part} is {part.mode} by the plan, but {len(names)} of its tensors do not train after "
+                f"{moment}: {shorten(names)}"
+            )
+    raise PlanError(
+        f"{'; '.join(messages)}. Something else changed requires_grad or the modules; do not train."
+    )
+
+
+def _part_of(plan: PartsPlan, name: str) -> str:
+    matches = [
+        (len(path), part.part) for part in plan.parts for path in part.module_paths if contains(path, name)
+    ]
+    return max(matches)[1] if matches else ""
+
+
+def set_train_mode(model: PreTrainedModel, plan: PartsPlan) -> None:
+    """Train mode for parts that train, eval mode for frozen ones. Call it again after model.eval()."""
+    model.train()
+    modules = dict(model.named_modules())
+    paths = [(path, part.mode != "frozen") for part in plan.parts for path in part.module_paths]
+    for path, trains in sorted(paths, key=lambda item: len(item[0])):
+        if path in modules:
+            modules[path].train(trains)
+    # A layer recomputes only in train mode, and a frozen decoder must, when the projector below it trains.
+    for module in modules.values():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+def _lora_config(plan: PartsPlan) -> LoraConfig:
+    """The adapters of all parts in one config. PEFT takes the first pattern that matches a target."""
+    parts = [part for part in plan.parts if part.lora]
+    settings: LoraSettings = parts[0].lora  # type: ignore[assignment]
+    ranks, alphas = {}, {}
+    if len({(p.lora.rank, p.lora.alpha) for p in parts if p.lora}) > 1:
+        for path, part in _deepest_first(parts):
+            pattern = rf"{re.escape(path)}\..*"
+            ranks[pattern], alphas[pattern] = part.lora.rank, part.lora.alpha  # type: ignore[union-attr]
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        target_modules=[target for part in parts for target in part.lora_targets],
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+    )
+
+
+def _deepest_first(parts: list[PartPlan]) -> list[tuple[str, PartPlan]]:
+    return sorted(((path, p) for p in parts for path in p.module_paths), key=lambda item: -len(item[0]))
+
+
+def adapter_config(plan: PartsPlan, base_path: str) -> LoraConfig:
+    """What PEFT needs to load the adapter folder: base, ranks, targets, and the modules trained in full."""
+    config = _lora_config(plan)
+    config.base_model_name_or_path = base_path
+    config.task_type = "CAUSAL_LM"
+    config.inference_mode = True
+    config.modules_to_save = _modules_to_save(plan) or None
+    return config
+
+
+def _modules_to_save(plan: PartsPlan) -> list[str]:
+    """The smallest modules that own the tensors trained in full, none inside another.
+
+    Small ones, because PEFT wraps each, and models reach into larger ones by attribute and type.
+    """
+    owners = {
+        name.rpartition(".")[0] for part in plan.parts if part.mode == "full" for name in part.trainable
+    }
+    return sorted(o for o in owners if not any(o != other and contains(other, o) for other in owners))
+
+
+def _state_names(model: PreTrainedModel, plan: PartsPlan) -> dict[str, str]:
+    """Name in PEFT's file -> name in the model's state."""
+    names = {}
+    for part in plan.parts:
+        if part.lora:
+            for name in part.trainable:
+                key = name.replace(".default.", ".")
+                if ".lora_magnitude_vector." in key:
+                    key = key.removesuffix(".weight")
+                names[PREFIX + key] = name
+    for path in _modules_to_save(plan):
+        for name in model.get_submodule(path).state_dict():
+            names[f"{PREFIX}{path}.{name}"] = f"{path}.{name}"
+    return names
+
+
+def adapter_state(model: PreTrainedModel, plan: PartsPlan) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter file in PEFT's layout: adapters, and modules trained in full whole."""
+    state = model.state_dict()
+    return {key: state[name].detach() for key, name in _state_names(model, plan).items()}
+
+
+def load_adapter_state(model: PreTrainedModel, plan: PartsPlan, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies the tensors of an adapter file into a model to which the plan was applied.
+
+    Raises: CheckpointError where names or shapes are not exactly those of the plan.
+    """
+    state = adapter_state(model, plan)
+    missing, unexpected = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"the adapter does not fit the plan: {len(missing)} tensors are missing ({shorten(missing)}) "
+            f"and {len(unexpected)} are not expected ({shorten(unexpected)}). "
+            "Use the parts and LoRA settings that it was trained with."
+        )
+    for key, tensor in state.items():
+        if tensor.shape != tensors[key].shape:
+            raise CheckpointError(
+                f"the adapter does not fit the plan: {key} is {tuple(tensors[key].shape)} in the file and "
+                f"{tuple(tensor.shape)} in the model. Use the lora_rank and the base it was trained with."
+            )
+    with torch.no_grad():
+        for key, tensor in state.items():
+            tensor.copy_(tensors[key])
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """One line of `partwise parts`: a part, or how a plan treats it."""
+
+    part: str
+    module_paths: tuple[str, ...]
+    num_parameters: int
+    num_trainable: int | None
+    mode: str | None
+    dtypes: tuple[str, ...]
+    num_layers: int
+
+
+def parts_table(model: PreTrainedModel, plan: PartsPlan | None = None) -> list[PartRow]:
+    """A row for each part of the model; with a plan also its mode and how many parameters train."""
+    return [
+        PartRow(
+            part=part,
+            module_paths=found.module_paths,
+            num_parameters=plan[part].num_parameters if plan else found.num_parameters,
+            num_trainable=plan[part].num_trainable if plan else None,
+            mode=plan[part].mode if plan else None,
+            dtypes=found.dtypes,
+            num_layers=len(found.layers),
+        )
+        for part, found in find_parts(model).items()
+    ]
