@@ -1,0 +1,64 @@
+"""What `partwise parts` and `partwise preview` print. Nothing is trained or written here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from partwise.config import Config, load_config
+from partwise.data.preview import preview_row
+from partwise.errors import DataError
+from partwise.model.load import empty_model
+from partwise.model.parts import parts_table
+from partwise.tables import format_count, held_lines, plan_table
+from partwise.train.job import Job
+
+
+def print_parts(source: str, trust_remote_code: bool, console: Console) -> None:
+    """The parts of a model folder, or the plan of a config file; no weights are read."""
+    if Path(source).suffix in (".yaml", ".yml"):
+        print_plan(load_config(source), console)
+        return
+    model = empty_model(source, trust_remote_code)
+    table = Table(title=f"{source}: {type(model).__name__}", title_justify="left", title_style="bold")
+    for name in ("part", "module", "parameters", "dtype", "layers"):
+        table.add_column(name, justify="right" if name in ("parameters", "layers") else "left", overflow="fold")
+    total = 0
+    for row in parts_table(model):
+        total += row.num_parameters
+        table.add_row(
+            row.part,
+            "\n".join(row.module_paths),
+            format_count(row.num_parameters),
+            ", ".join(row.dtypes),
+            str(row.num_layers or "-"),
+        )
+    table.add_section()
+    table.add_row("total", "", format_count(total))
+    console.print(table)
+
+
+def print_plan(config: Config, console: Console) -> None:
+    """What each part of the config's model does."""
+    plan = Job(config).plan
+    if config.expanded_flags:
+        console.print(config.expanded_flags)
+    console.print(plan_table(plan))
+    for line in held_lines(plan):
+        console.print(line)
+
+
+def print_preview(config: Config, row: int, console: Console) -> None:
+    """One training row as the model sees it.
+
+    Raises:
+        DataError: there is no such row, or it cannot be used.
+    """
+    job = Job(config)
+    if row >= len(job.rows):
+        raise DataError(
+            f"--row {row}: the training data has {len(job.rows)} rows, numbered from 0 to {len(job.rows) - 1}."
+        )
+    console.print(preview_row(job.chat_format, job.rows[row]))
