@@ -1,0 +1,53 @@
+"""Devices, memory and random numbers of the one process that trains.
+
+Random numbers are a pure function of (seed, step): what a data worker or an evaluation draws in between
+changes nothing, and a resumed run draws what the uninterrupted one did.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def seed_everything(seed: int, step: int = 0) -> None:
+    """Seed Python, numpy and torch, all devices, for one step; step 0 is also everything before it."""
+    state = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+@contextmanager
+def restored_rng() -> Iterator[None]:
+    """A block after which all random number generators are as before it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory taken so far: on a GPU by tensors there, on the CPU by the whole process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

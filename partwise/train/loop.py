@@ -1,0 +1,142 @@
+"""A stage of training: step, log, maybe evaluate, maybe save. Nothing else.
+
+In: a model with its plan applied, and loaders. Out: a trained model, metrics.jsonl and checkpoints.
+Opening the pieces and writing final/ is the caller's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from partwise.config import Config
+from partwise.model.parts import set_train_mode, verify_plan
+from partwise.records import PartsPlan, StepData, StepMetrics
+from partwise.train.checkpoint import (
+    load_checkpoint,
+    make_manifest,
+    rotate_checkpoints,
+    save_checkpoint,
+    stamp_manifest,
+)
+from partwise.train.engine import peak_memory_bytes, seed_everything
+from partwise.train.metrics import MetricsLog, ProgressLine
+from partwise.train.optim import Optimizer
+from partwise.train.step import StepOutcome, evaluate_loss, read_outcomes, train_step
+
+if TYPE_CHECKING:
+    from partwise.data.loader import StepLoader
+    from partwise.model.load import LoadedModel
+
+
+def run_stage(
+    loaded: LoadedModel,
+    plan: PartsPlan,
+    config: Config,
+    loader: StepLoader,
+    eval_loader: StepLoader | None,
+    run_folder: Path,
+    num_steps: int,
+    resume_from: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train to `num_steps`, from the start or from a checkpoint; the manifest of the trained model.
+
+    Raises:
+        PlanError: what trains is not what the plan says.
+        CheckpointError: `resume_from` does not fit this run.
+        DataError: a row is broken, or a step has no target token.
+        TrainingError: a loss or gradient is not finite, or a checkpoint cannot be written.
+    """
+    model, train, device = loaded.model, config.train, loaded.model.device
+    verify_plan(model, plan)
+    optimizer = Optimizer(model, plan, train, num_steps)
+    manifest = make_manifest(loaded, plan, config.data.train_files)
+    first_step = load_checkpoint(resume_from, optimizer, manifest) if resume_from else 0
+    set_train_mode(model, plan)
+
+    with (
+        MetricsLog(run_folder, first_step) as log,
+        ProgressLine(num_steps, first_step, console or Console()) as progress,
+    ):
+        pending = PendingSteps()
+        for wait_seconds, step_data in timed(loader.iterate(first_step, num_steps)):
+            seed_everything(train.seed, step_data.step + 1)
+            pending.add(train_step(model, step_data, optimizer, device), wait_seconds)
+
+            done = step_data.step + 1
+            is_last = done == num_steps
+            evaluates = eval_loader is not None and (is_last or is_due(done, train.eval_every))
+            saves = is_due(done, train.save_every)
+            if not (is_last or evaluates or saves or is_due(done, train.log_every)):
+                continue
+            metrics = pending.read(
+                optimizer.learning_rates(step_data.step), done / loader.steps_per_epoch, device
+            )
+            log.write_step(metrics)
+            progress.show_step(metrics)
+            if evaluates:
+                eval_loss = evaluate_loss(model, eval_loader, device)
+                log.write_eval(done, eval_loss)
+                progress.show_eval(done, eval_loss)
+            if saves:
+                save_checkpoint(run_folder, loaded, plan, optimizer, stamp_manifest(manifest, done))
+                rotate_checkpoints(run_folder, train.keep_last)
+            pending = PendingSteps()
+    return stamp_manifest(manifest, num_steps)
+
+
+def is_due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def timed(steps: Iterator[StepData]) -> Iterator[tuple[float, StepData]]:
+    """The steps, each with the seconds that it was waited for."""
+    while True:
+        start = time.monotonic()
+        step_data = next(steps, None)
+        if step_data is None:
+            return
+        yield time.monotonic() - start, step_data
+
+
+class PendingSteps:
+    """Steps since the last logged one; their numbers stay on the device until they are read together."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.data_wait_seconds = 0.0
+        self.outcomes: list[StepOutcome] = []
+
+    def add(self, outcome: StepOutcome, wait_seconds: float) -> None:
+        self.outcomes.append(outcome)
+        self.data_wait_seconds += wait_seconds
+
+    def read(self, learning_rates: dict[str, float], epoch: float, device: torch.device) -> StepMetrics:
+        """Metrics of the last step; seconds are means, and dropped rows sums, over all pending steps.
+
+        Raises:
+            TrainingError: one of the steps has a loss or gradient norm that is not finite.
+        """
+        values = read_outcomes(self.outcomes)[-1]
+        last, num_steps = self.outcomes[-1], len(self.outcomes)
+        return StepMetrics(
+            step=last.step + 1,
+            epoch=epoch,
+            loss=values.loss,
+            grad_norm=values.grad_norm,
+            grad_norms=values.grad_norms,
+            learning_rates=learning_rates,
+            num_input_tokens=last.num_input_tokens,
+            num_target_tokens=last.num_target_tokens,
+            num_dropped=dict(sum((outcome.dropped for outcome in self.outcomes), Counter())),
+            step_seconds=(time.monotonic() - self.start) / num_steps,
+            data_wait_seconds=self.data_wait_seconds / num_steps,
+            peak_memory_bytes=peak_memory_bytes(device),
+        )

@@ -1,0 +1,116 @@
+"""What a run tells: metrics.jsonl for programs, a progress line for people.
+
+In: a step's metrics or an evaluation loss. Out: one JSON line each, on disk at once. A resumed run first
+drops the lines after its checkpoint, so each step stands in the file once. Plots are in plots.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from partwise.records import StepMetrics
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """RUN/metrics.jsonl, open for appending; lines of steps after `last_step` are dropped first."""
+
+    def __init__(self, run_folder: Path, last_step: int = 0) -> None:
+        path = run_folder / METRICS_FILE
+        kept = [record for record in read_metrics(run_folder) if record["step"] <= last_step]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def write_step(self, metrics: StepMetrics) -> None:
+        self._write(asdict(metrics))
+
+    def write_eval(self, step: int, eval_loss: float) -> None:
+        self._write({"step": step, "eval_loss": eval_loss})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
+    """The run's records, oldest first; none when there is no file. A line that was cut off is left out."""
+    path = run_folder / METRICS_FILE
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+class ProgressLine:
+    """Where the run stands: a live line on a terminal, a plain line per logged step anywhere else."""
+
+    def __init__(self, num_steps: int, first_step: int, console: Console) -> None:
+        self.num_steps = num_steps
+        self.first_step = first_step
+        self.console = console
+        self.start = time.monotonic()
+        self._progress = Progress(BarColumn(), TextColumn("{task.description}"), console=console)
+        self._task = self._progress.add_task("starting", total=num_steps, completed=first_step)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._progress.stop()
+
+    def show_step(self, metrics: StepMetrics) -> None:
+        done = metrics.step - self.first_step
+        seconds_left = (time.monotonic() - self.start) / done * (self.num_steps - metrics.step)
+        line = format_step(metrics, self.num_steps, seconds_left)
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=metrics.step, description=line)
+        else:
+            self.console.print(line, soft_wrap=True, highlight=False)
+
+    def show_eval(self, step: int, eval_loss: float) -> None:
+        line = f"step {step}/{self.num_steps}  eval loss {eval_loss:.4f}"
+        self.console.print(line, soft_wrap=True, highlight=False)
+
+
+def format_step(metrics: StepMetrics, num_steps: int, seconds_left: float) -> str:
+    """One line: step, loss, norm, learning rates, input tokens per second, memory, drops, time left."""
+    rates = {f"{rate:.2e}" for rate in metrics.learning_rates.values()}
+    by_part = ",".join(f"{part} {rate:.2e}" for part, rate in metrics.learning_rates.items())
+    fields = [
+        f"step {metrics.step}/{num_steps}",
+        f"loss {metrics.loss:.4f}",
+        f"norm {metrics.grad_norm:.3g}",
+        f"lr {rates.pop() if len(rates) == 1 else by_part}",
+        f"{metrics.num_input_tokens / metrics.step_seconds:,.0f} tokens/s",
+        f"{metrics.peak_memory_bytes / 2**30:.1f} GiB",
+        f"dropped {sum(metrics.num_dropped.values())}" if metrics.num_dropped else "",
+        f"left {timedelta(seconds=round(seconds_left))}",
+    ]
+    return "  ".join(field for field in fields if field)

@@ -1,0 +1,187 @@
+"""The optimizer: AdamW on fp32 masters, one learning rate per part, clipping by the global norm.
+
+In: a model with the plan applied. Each backward pass adds gradients to the masters in fp32; `step` clips,
+updates the masters and rounds them into the weights. fp32 (and fp64) weights are their own masters.
+Which parameters train is the plan's business, and a non-finite norm is judged in step.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from partwise.config import TrainConfig
+from partwise.errors import CheckpointError, PlanError
+from partwise.records import PartsPlan
+
+MASTER_STATES = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """Masters, parameter groups and schedule of the parts that train.
+
+    `masters` holds, by parameter name, the tensor that AdamW updates.
+
+    Raises:
+        PlanError: nothing trains.
+    """
+
+    def __init__(self, model: nn.Module, plan: PartsPlan, train: TrainConfig, num_steps: int) -> None:
+        parameters = dict(model.named_parameters())
+        if not plan.trainable:
+            raise PlanError("nothing would train: every part is frozen. Set a part's mode to lora or full.")
+        self.parameters: dict[str, nn.Parameter] = {name: parameters[name] for name in plan.trainable}
+        self.masters = {name: make_master(parameter) for name, parameter in self.parameters.items()}
+        self.names = {part.part: part.trainable for part in plan.parts if part.trainable}
+        self.max_grad_norm = train.max_grad_norm
+        self.num_steps = num_steps
+        self.train = train
+        self.never_reached = set(self.masters)
+        self.adamw = torch.optim.AdamW(
+            self._groups(model, plan), betas=train.adam_betas, eps=train.adam_eps, fused=True
+        )
+
+    def _groups(self, model: nn.Module, plan: PartsPlan) -> list[dict]:
+        """Per part one group that decays and one that does not; empty ones are left out."""
+        spared = undecayed_names(model)
+        groups = []
+        for part in plan.parts:
+            for decays in (True, False):
+                names = [name for name in part.trainable if (name not in spared) == decays]
+                if names:
+                    groups.append(
+                        {
+                            "params": [self.masters[name] for name in names],
+                            "names": names,
+                            "part": part.part,
+                            "peak": part.learning_rate,
+                            "lr": part.learning_rate,
+                            "weight_decay": part.weight_decay if decays else 0.0,
+                        }
+                    )
+        return groups
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """Learning rate of each part that trains, at a zero-based step."""
+        factor = learning_rate_factor(step, self.num_steps, self.train)
+        return {group["part"]: group["peak"] * factor for group in self.adamw.param_groups}
+
+    @torch.no_grad()
+    def step(self, step: int) -> dict[str, Tensor]:
+        """One update; the gradient norm of each part before clipping, as scalars on the device.
+
+        Gradients are gone afterwards. A tensor without gradient is left as it is, moments included.
+        """
+        self.never_reached -= {name for name, master in self.masters.items() if master.grad is not None}
+        norms = {part: self._grad_norm(names) for part, names in self.names.items()}
+        torch.nn.utils.clip_grads_with_norm_(
+            self.masters.values(), self.max_grad_norm, global_norm(norms.values())
+        )
+        rates = self.learning_rates(step)
+        for group in self.adamw.param_groups:
+            group["lr"] = rates[group["part"]]
+        self.adamw.step()
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter and self.masters[name].grad is not None:
+                parameter.copy_(self.masters[name])
+        self.adamw.zero_grad(set_to_none=True)
+        return norms
+
+    def _grad_norm(self, names: Iterable[str]) -> Tensor:
+        gradients = [self.masters[name].grad for name in names if self.masters[name].grad is not None]
+        if gradients:
+            return torch.nn.utils.get_total_norm(gradients)
+        return torch.zeros((), device=next(iter(self.masters.values())).device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that training changed, flat, as "kind/parameter name": masters, moments, step counts."""
+        state = {f"master/{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            for kind, value in self.adamw.state.get(master, {}).items():
+                state[f"{kind}/{name}"] = value
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over `state` bit for bit: masters, moments, and the weights as the masters rounded.
+
+        Raises:
+            CheckpointError: the state is of other trainable tensors, or of other shapes.
+        """
+        self._check_names(state)
+        for name, master in self.masters.items():
+            saved = state[f"master/{name}"]
+            if saved.shape != master.shape or saved.dtype != master.dtype:
+                raise CheckpointError(
+                    f"the saved state of {name} is {saved.dtype} {tuple(saved.shape)}, but this run's is "
+                    f"{master.dtype} {tuple(master.shape)}. Resume with the config of the run."
+                )
+            master.copy_(saved)
+            self.parameters[name].copy_(master)
+            moments = {kind: state[f"{kind}/{name}"] for kind in MASTER_STATES if f"{kind}/{name}" in state}
+            if moments:
+                self.adamw.state[master] = {k: v.to(master.device, copy=True) for k, v in moments.items()}
+
+    def _check_names(self, state: dict[str, Tensor]) -> None:
+        saved = {key.removeprefix("master/") for key in state if key.startswith("master/")}
+        missing, unknown = sorted(set(self.masters) - saved), sorted(saved - set(self.masters))
+        if missing or unknown:
+            raise CheckpointError(
+                f"the saved state does not fit the plan: {len(missing)} tensors that train now are not in it "
+                f"({', '.join(missing[:3]) or 'none'}), {len(unknown)} in it do not train now "
+                f"({', '.join(unknown[:3]) or 'none'}). Resume with the parts that the run was started with."
+            )
+
+
+def make_master(parameter: nn.Parameter) -> Tensor:
+    """The tensor that the optimizer updates: the parameter itself, or an fp32 copy of a 16-bit one.
+
+    A copy collects gradients in fp32 as each backward pass makes them, and the 16-bit gradient is freed.
+    """
+    if parameter.dtype.itemsize >= 4:
+        return parameter
+    master = parameter.detach().float()
+
+    def move_gradient(parameter: Tensor) -> None:
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move_gradient)
+    return master
+
+
+def undecayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters without weight decay: norms, biases and embeddings."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, p in model.named_parameters() if p.ndim <= 1 or id(p) in embeddings}
+
+
+def global_norm(norms: Iterable[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
+
+
+def learning_rate_factor(step: int, num_steps: int, train: TrainConfig) -> float:
+    """The part of the peak learning rate that a zero-based step uses.
+
+    Warm-up ends on the peak at step warmup_steps - 1; the schedule would reach its end at step num_steps.
+    So no step is spent at a rate of zero.
+    """
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, num_steps - train.warmup_steps)
+    least = train.min_learning_rate_fraction
+    return least + (1 - least) * SCHEDULES[train.learning_rate_schedule](progress)
+
+
+# From 1 at the start to 0 at the end of training; progress is in [0, 1).
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}

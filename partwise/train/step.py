@@ -1,0 +1,169 @@
+"""One optimizer step, and the evaluation loss: the only code between the data and `backward`.
+
+In: one step's micro-batches. Out: the mean loss over the step's target tokens and the gradient norms, left
+on the device until somebody reads them, so that the host need not wait. The model never computes its own
+loss: most classes average per micro-batch, and the accumulated result would be another one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from partwise.errors import TrainingError
+from partwise.model.head import logit_softcap, token_loss_sum
+from partwise.records import Batch, StepData
+from partwise.train.optim import Optimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from partwise.data.loader import StepLoader
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step gave: `values` is (1 + parts,), the mean loss and then each part's gradient norm, fp64."""
+
+    step: int
+    values: Tensor
+    parts: tuple[str, ...]
+    rows: tuple[str, ...]
+    num_input_tokens: int
+    num_target_tokens: int
+    dropped: Counter[str]
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """A step's numbers on the host: the mean loss, the global gradient norm and the norm of each part."""
+
+    loss: float
+    grad_norm: float
+    grad_norms: dict[str, float]
+
+
+def train_step(
+    model: PreTrainedModel, step_data: StepData, optimizer: Optimizer, device: torch.device
+) -> StepOutcome:
+    """Forward and backward over all micro-batches, then one update.
+
+    The loss and its gradients are those of the mean over the step's target tokens, however the rows are
+    split into micro-batches.
+
+    Raises:
+        TrainingError: a tensor of a part that this step must reach has never had a gradient.
+    """
+    num_target_tokens = sum(batch.num_target_tokens for batch in step_data.batches)
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for batch in step_data.batches:
+        loss = batch_loss_sum(model, batch, device) / num_target_tokens
+        # Text-only rows have no graph when only the vision side trains.
+        if loss.grad_fn is not None:
+            loss.backward()
+        total += loss.detach()
+    norms = optimizer.step(step_data.step)
+    check_reached(optimizer, step_data)
+    return StepOutcome(
+        step=step_data.step,
+        values=torch.stack([total, *(norm.double() for norm in norms.values())]),
+        parts=tuple(norms),
+        rows=tuple(row for batch in step_data.batches for row in batch.rows),
+        num_input_tokens=sum(batch.num_input_tokens for batch in step_data.batches),
+        num_target_tokens=num_target_tokens,
+        dropped=step_data.dropped,
+    )
+
+
+def batch_loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+    """Summed token loss of one micro-batch: scalar on the device, with its graph."""
+    hidden = model.base_model(**model_inputs(model, batch, device)).last_hidden_state
+    return token_loss_sum(hidden, batch.labels, model.get_output_embeddings(), logit_softcap(model))
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The keyword arguments of the model's forward, on the device; pixels in the model's dtype."""
+    tensors = {
+        "input_ids": batch.input_ids,
+        "attention_mask": (batch.document_ids >= 0).long(),
+        **batch.token_fields,
+        **batch.media,
+    }
+    inputs: dict[str, Any] = {
+        name: tensor.to(device, model.dtype if tensor.is_floating_point() else None, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+    return {**inputs, "use_cache": False}
+
+
+def check_reached(optimizer: Optimizer, step_data: StepData) -> None:
+    """A text-only step cannot reach the vision side; every other step must reach all that trains."""
+    has_media = any(batch.media for batch in step_data.batches)
+    for part, names in optimizer.names.items():
+        missing = [name for name in names if name in optimizer.never_reached]
+        if missing and (has_media or part == "language_model"):
+            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise TrainingError(
+                f"step {step_data.step + 1}: no gradient has reached {len(missing)} of the {len(names)} "
+                f"tensors of {part} that the plan trains: {some}. They would stay as they are without a "
+                "word; freeze them with a layer range."
+            )
+
+
+def read_outcomes(outcomes: Sequence[StepOutcome]) -> list[StepValues]:
+    """The outcomes' numbers; the host waits for the device once.
+
+    Raises:
+        TrainingError: a loss or gradient norm is not finite; names the first such step, its parts and rows.
+    """
+    values = torch.stack([outcome.values for outcome in outcomes]).tolist()
+    return [read_values(outcome, row) for outcome, row in zip(outcomes, values, strict=True)]
+
+
+def read_values(outcome: StepOutcome, row: list[float]) -> StepValues:
+    loss, norms = row[0], dict(zip(outcome.parts, row[1:], strict=True))
+    if not all(math.isfinite(value) for value in row):
+        more = len(outcome.rows) - 4
+        rows = ", ".join(outcome.rows[:4]) + (f" and {more} more" if more > 0 else "")
+        raise TrainingError(
+            f"step {outcome.step + 1}: the loss is {loss:.6g} and the gradient norms are "
+            f"{', '.join(f'{norm:.6g} in {part}' for part, norm in norms.items())}; the rows are {rows}. "
+            "Nothing was saved after it. Look at these rows, lower the learning rate or lengthen the "
+            "warm-up, and resume from the newest checkpoint."
+        )
+    return StepValues(loss, math.hypot(*norms.values()), norms)
+
+
+@torch.no_grad()
+def evaluate_loss(model: PreTrainedModel, loader: StepLoader, device: torch.device) -> float:
+    """Mean loss over all target tokens of the loader's rows, once each; modules' modes are kept.
+
+    Raises:
+        DataError: a step of the loader has no target token.
+    """
+    total, num_target_tokens = torch.zeros((), device=device, dtype=torch.float64), 0
+    with eval_mode(model):
+        for step_data in loader.iterate(0, loader.steps_per_epoch):
+            for batch in step_data.batches:
+                total += batch_loss_sum(model, batch, device)
+                num_target_tokens += batch.num_target_tokens
+    return total.item() / num_target_tokens
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A block in which no module is in training mode; each module has its own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
