@@ -11,10 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from partwise.document import Document, Fault, find_origin, join_faults, join_origins, read_document
+from partwise.document import (
+    Document,
+    Fault,
+    find_origin,
+    join_faults,
+    join_origins,
+    read_document,
+    write_yaml,
+)
 from partwise.errors import ConfigError, PlanError
 from partwise.faults import explain_errors, split_unknown
 from partwise.flags import (
@@ -122,7 +129,7 @@ def dump_config(config: Config) -> str:
     values = config.model_dump(mode="json", exclude_none=True)
     # A default that is written out would be a setting for the mode, and not every mode has every setting.
     values["parts"] = config.parts.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return write_yaml(values)
 
 
 def config_schema() -> dict[str, Any]:
@@ -154,9 +161,7 @@ def _expand(
     for part in values["parts"]:
         document.origins[f"parts.{part}"] = where(deciding_flag(flags, part))
     places = join_origins([where(flag) for flag in flags])
-    return f"The freeze flags ({places}) stand for\n" + yaml.safe_dump(
-        {"parts": values["parts"]}, sort_keys=False
-    )
+    return f"The freeze flags ({places}) stand for\n" + write_yaml({"parts": values["parts"]}).rstrip()
 
 
 def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> Config | None:

@@ -88,6 +88,11 @@ def read_document(path: str | Path, overrides: Iterable[str] = ()) -> Document:
     return document
 
 
+def write_yaml(values: dict[str, Any]) -> str:
+    """YAML that `read_document` reads back to equal values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -116,6 +121,13 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 for _kind, (_pattern, _) in _PLAIN.items():
     _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"^{_pattern}$"), None)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 would misread, and text that is a number here."""
+
+
+_Dumper.add_implicit_resolver(f"{_TAG}float", re.compile(f"^{_PLAIN['float'][0]}$"), None)
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
