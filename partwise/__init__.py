@@ -1,3 +1,53 @@
-"""Partwise: fine-tune multimodal language models part by part, and know exactly what trains."""
+"""Partwise: fine-tune multimodal language models part by part, and know exactly what trains.
+
+    import partwise
+
+    config = partwise.load_config("config.yaml", ["train.steps=100"])
+    partwise.check(config)            # findings, as `partwise check` prints them
+    final = partwise.train(config)    # the folder of the trained model
+    loaded = partwise.open_chat(final)
+    partwise.answer(loaded, [partwise.user_message("Which digit is this?", [image])])
+    partwise.find_parts(loaded.model) # the parts of any transformers model
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partwise.config import Config as Config
+    from partwise.config import load_config as load_config
+    from partwise.errors import UserError as UserError
+    from partwise.export.folder import export_run as export_run
+    from partwise.model.find import find_parts as find_parts
+    from partwise.model.load import load_model as load_model
+    from partwise.run import check as check
+    from partwise.run import train as train
+    from partwise.serve.chat import answer as answer
+    from partwise.serve.chat import open_chat as open_chat
+    from partwise.serve.chat import user_message as user_message
 
 __version__ = "0.1.0"
+
+# Imported when first asked for, so that `import partwise` and `partwise --help` stay light.
+_HOMES = {
+    "Config": "partwise.config",
+    "UserError": "partwise.errors",
+    "answer": "partwise.serve.chat",
+    "check": "partwise.run",
+    "export_run": "partwise.export.folder",
+    "find_parts": "partwise.model.find",
+    "load_config": "partwise.config",
+    "load_model": "partwise.model.load",
+    "open_chat": "partwise.serve.chat",
+    "train": "partwise.run",
+    "user_message": "partwise.serve.chat",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'partwise' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -61,7 +61,8 @@ def check(
     from partwise import run
     from partwise.config import load_config
 
-    if not run.check(load_config(config, overrides or []), full=full, console=console()):
+    findings = run.check(load_config(config, overrides or []), full=full, console=console())
+    if run.has_errors(findings):
         raise typer.Exit(1)
 
 

@@ -7,44 +7,154 @@ again is an error, or goes on from its newest whole checkpoint with resume.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from partwise.config import Config, dump_config, load_config
-from partwise.errors import CheckpointError, TrainingError, UserError
+from partwise.errors import CheckpointError, ConfigError, TrainingError, UserError
 from partwise.model.load import LoadedModel
+from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
-from partwise.preflight import CHECKS, SAMPLE_ROWS, check_step, collect_findings, error_finding
+from partwise.preflight import CHECKS, check_step, collect_findings, error_finding
 from partwise.records import Finding
 from partwise.tables import findings_table, held_lines, plan_table
+from partwise.train.checkpoint import newest_checkpoint, save_final
 from partwise.train.engine import seed_everything
 from partwise.train.job import Job
+from partwise.train.loop import run_stage
+from partwise.train.plots import plot_runs
 
 # Keys that may differ between a run and its resumption: none of them changes what is learned.
-FREE_KEYS = (
-    "data.num_workers",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-)
-SAMPLE_ROWS_BEFORE_TRAINING = 32
+FREE_KEYS = ("data.num_workers", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last")
+CHECKED_ROWS = 256
+CHECKED_ROWS_BEFORE_TRAINING = 32
 
 
-def check(config: Config, full: bool = False, console: Console | None = None) -> bool:
-    """True when nothing speaks against the run. All findings are printed; nothing is written."""
+def check(config: Config, full: bool = False, console: Console | None = None) -> list[Finding]:
+    """All findings, printed as a table; nothing is written. `full` reads every row instead of a sample."""
     console = console or Console(quiet=True)
     job = Job(config)
-    if config.expanded_flags:
-        console.print(config.expanded_flags)
-    findings = collect_findings(job, None if full else SAMPLE_ROWS)
-    if not any(finding.level == "error" for finding in findings):
-        console.print(plan_table(job.plan))
+    findings = collect_findings(job, None if full else CHECKED_ROWS)
+    if not has_errors(findings):
+        show_plan(job, console)
         try:
             findings += check_step(job, open_model(job))
         except UserError as error:
             findings.append(error_finding("step", error))
     console.print(findings_table(findings))
-    return not any(finding.level == "error" for finding in findings)
+    return findings
+
+
+def train(config: Config, resume: bool = False, console: Console | None = None) -> Path:
+    """Check, train, and return the run's final/ folder. A run that cannot learn does not start.
+
+    Raises:
+        UserError: as the checks and the training say; the run folder is made only after all checks passed.
+    """
+    console = console or Console(quiet=True)
+    job = Job(config)
+    folder = Path(config.output)
+    checkpoint = find_start(folder, config, resume)
+    findings = [finding for check in CHECKS for finding in check(job, CHECKED_ROWS_BEFORE_TRAINING)]
+    show_plan(job, console)
+    loaded = open_model(job)
+    findings += check_step(job, loaded)
+    refuse_errors(findings, console)
+    write_run_folder(folder, job, findings)
+    if checkpoint:
+        console.print(f"resuming from {checkpoint}")
+    manifest = run_stage(
+        loaded, job.plan, config, job.loader, job.eval_loader, folder, job.num_steps, checkpoint, console
+    )
+    final = save_final(folder, loaded, job.plan, manifest)
+    plot_runs([folder])
+    console.print(f"wrote {final}")
+    return final
+
+
+def open_model(job: Job) -> LoadedModel:
+    """The model on its device with the plan applied. Adapters start from the config's seed."""
+    loaded = job.load_model()
+    seed_everything(job.config.train.seed)
+    apply_plan(loaded.model, job.plan)
+    if job.config.train.gradient_checkpointing:
+        enable_gradient_checkpointing(loaded.model, job.plan)
+    return loaded
+
+
+def has_errors(findings: list[Finding]) -> bool:
+    return any(finding.level == "error" for finding in findings)
+
+
+def refuse_errors(findings: list[Finding], console: Console) -> None:
+    """Raises: TrainingError with the texts of all findings that are errors. Warnings are printed."""
+    if warnings := [finding for finding in findings if finding.level == "warning"]:
+        console.print(findings_table(warnings))
+    if errors := [finding for finding in findings if finding.level == "error"]:
+        texts = [" ".join(filter(None, (f.message + ".", f.where and f"({f.where})", f.fix))) for f in errors]
+        raise TrainingError("the run does not start: " + " ".join(texts))
+
+
+def show_plan(job: Job, console: Console) -> None:
+    if job.config.expanded_flags:
+        console.print(job.config.expanded_flags)
+    console.print(plan_table(job.plan))
+    for line in held_lines(job.plan):
+        console.print(line)
+
+
+def find_start(folder: Path, config: Config, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None to start at step 0.
+
+    Raises:
+        ConfigError: the folder holds a run already and `resume` is not set, or there is nothing to resume.
+        CheckpointError: the run was started with another config.
+    """
+    saved = folder / "config.yaml"
+    if not resume:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{config.where('output')}: output: {folder} holds files already and is left as it is. "
+                "Add --resume to go on with that run, or choose another output."
+            )
+        return None
+    if not saved.is_file():
+        raise ConfigError(f"--resume: {folder} holds no run to go on with. Leave --resume out to start one.")
+    if (folder / "final" / "partwise.json").is_file():
+        raise ConfigError(f"--resume: {folder} is finished: {folder / 'final'} is its result.")
+    if changed := list(changed_keys(load_config(saved), config)):
+        raise CheckpointError(
+            f"--resume: {folder} was started with another config. Put these back, or choose another output: "
+            + "; ".join(changed)
+        )
+    return newest_checkpoint(folder)
+
+
+def changed_keys(old: Config, new: Config) -> Iterator[str]:
+    """ "train.seed was 0, is 1" for each key that differs and changes what is learned."""
+    before, after = flatten(old.model_dump()), flatten(new.model_dump())
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and key not in FREE_KEYS:
+            yield f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def write_run_folder(folder: Path, job: Job, findings: list[Finding]) -> None:
+    """config.yaml, plan.json and report.json, before the first step."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(job.config))
+        (folder / "plan.json").write_text(json.dumps(asdict(job.plan), indent=2) + "\n")
+        (folder / "report.json").write_text(json.dumps([asdict(f) for f in findings], indent=2) + "\n")
+    except OSError as error:
+        raise TrainingError(f"{folder} cannot be written: {error}. Choose another output.") from error
