@@ -91,7 +91,7 @@ class Batch:
 
     `input_ids`, `labels`, `document_ids` and each of `token_fields` are (B, T). document_ids is the index
     of the document a token belongs to and -1 for padding; here each row is one document.
-    `rows` names the examples as "source:row".
+    `rows` names the examples as errors do: "file:line" or "file row N".
     """
 
     input_ids: torch.Tensor

@@ -1,0 +1,132 @@
+"""Rows -> one step's micro-batches, in an order that is a pure function of (seed, epoch, step).
+
+In: rows, a ChatFormat and batch sizes. Out: StepData for any range of steps, so that resuming is starting
+at another step. Worker processes prepare whole steps ahead. Each row comes once per epoch; the last step of
+an epoch may have fewer rows. Within a step, rows of like length share a micro-batch: the step's sum is the
+same and less of it is padding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from partwise.data.chat import ChatFormat
+from partwise.data.collate import collate
+from partwise.data.rows import row_name
+from partwise.errors import DataError, UserError
+from partwise.records import Conversation, Example, StepData
+
+
+class StepLoader:
+    """One optimizer step's data after the other. Steps count from 0 and run on over the epochs."""
+
+    def __init__(
+        self,
+        rows: Sequence[Conversation],
+        chat_format: ChatFormat,
+        pad_token_id: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        num_workers: int,
+        shuffle: bool = True,
+    ) -> None:
+        self.rows = rows
+        self.chat_format = chat_format
+        self.pad_token_id = pad_token_id
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.shuffle = shuffle
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.rows) // self.global_batch_size)
+
+    def iterate(self, first_step: int, last_step: int) -> Iterator[StepData]:
+        """The steps from `first_step` up to, but not including, `last_step`.
+
+        Raises:
+            DataError: a row cannot be used, or a step has no target token; also where a worker found it.
+        """
+        yield from in_order(self.load_step, range(first_step, last_step), self.num_workers)
+
+    def step_rows(self, step: int) -> list[int]:
+        """Which rows the step holds, as indices into `rows`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        first = position * self.global_batch_size
+        rows = range(first, min(first + self.global_batch_size, len(self.rows)))
+        if not self.shuffle:
+            return list(rows)
+        return epoch_order(len(self.rows), self.seed, epoch)[rows.start : rows.stop].tolist()
+
+    def load_step(self, step: int) -> StepData:
+        """The step's micro-batches, longest rows first. Raises: DataError, as `iterate`."""
+        indices = self.step_rows(step)
+        results = [self.chat_format(self.rows[index]) for index in indices]
+        examples = [result for result in results if isinstance(result, Example)]
+        dropped = Counter(result.reason for result in results if not isinstance(result, Example))
+        if not examples:
+            names = [row_name(result.source, result.row) for result in results]
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
+            raise DataError(
+                f"step {step + 1} has no target token: all of its rows were dropped: {reasons}. The rows are "
+                f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}. Raise data.max_seq_len, "
+                "or remove these rows."
+            )
+        examples.sort(key=lambda example: -len(example.input_ids))
+        size = self.micro_batch_size
+        batches = [collate(examples[i : i + size], self.pad_token_id) for i in range(0, len(examples), size)]
+        return StepData(step, tuple(batches), dropped)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of all rows in an epoch: the same for the same arguments, on every machine."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def in_order(function: Callable[[int], Any], items: Sequence[int], num_workers: int) -> Iterator[Any]:
+    """function(item) for each item, in order, computed ahead by `num_workers` processes (0: in this one).
+
+    Raises:
+        UserError: as raised by the function, in whichever process.
+    """
+    if num_workers == 0:
+        yield from map(function, items)
+        return
+    # Tokenizers print a warning in each process that is forked after they have been used, unless this is set.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # One item ahead per worker: a step of images is large, and all workers are busy with that.
+    loader = DataLoader(
+        _Results(function, items), batch_size=None, num_workers=num_workers, prefetch_factor=1
+    )
+    for result in loader:
+        if isinstance(result, UserError):
+            raise result
+        yield result
+
+
+class _Results(Dataset):
+    """function(item) as a data set; a UserError is a value, since DataLoader wraps what is raised."""
+
+    def __init__(self, function: Callable[[int], Any], items: Sequence[int]) -> None:
+        self.function = function
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.function(self.items[index])
+        except UserError as error:
+            return error
