@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from partwise.errors import CheckpointError
+from partwise.errors import CheckpointError, UserError
 
 TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 WEIGHT_FILES = ["model*.safetensors"]
@@ -52,14 +54,27 @@ def find_model_folder(path: str | Path, with_weights: bool = False) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"There is no model folder {path} (from {Path.cwd()}), and no hub model of that name could be "
-            f"fetched: {shorten(error)} Correct model.path, or download the model and give its folder."
+            f"fetched: {shorten(error, 120)} Correct model.path, or download the model and give its folder."
         ) from error
 
 
-def shorten(error: Exception, num_characters: int = 300) -> str:
-    """The message of a library's error as one line of at most `num_characters`."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= num_characters else text[: num_characters - 1] + "…"
+def shorten(error: Exception | str, num_characters: int = 240) -> str:
+    """A library's error as one sentence of at most about `num_characters`."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Exception):
+        text = f"{type(error).__name__}: {text}"
+    return f"{text.rstrip('.')}." if len(text) <= num_characters else f"{text[:num_characters]}…"
+
+
+@contextmanager
+def as_checkpoint_error(where: Path, what: str, way_out: str) -> Iterator[None]:
+    """Whatever a library raises about a folder's content becomes one CheckpointError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{where}: {what}: {shorten(error)} {way_out}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -97,6 +112,11 @@ def check_config_file(folder: Path, trust_remote_code: bool) -> None:
         raise CheckpointError(
             f"{file} has no model_type, so the model's class is unknown. Copy config.json from the model "
             "that this one was made from."
+        )
+    if "quantization_config" in content:
+        raise CheckpointError(
+            f"{file}: its weights are quantised, and quantised weights cannot be trained. Give the folder of "
+            "the same model in bfloat16 or float32."
         )
     if model_type in transformers.CONFIG_MAPPING:
         return

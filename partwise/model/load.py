@@ -7,11 +7,7 @@ wrong about a folder is a CheckpointError with the way out. Not done here: freez
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,22 +31,23 @@ from partwise.config import ModelConfig
 from partwise.errors import CheckpointError, ConfigError
 from partwise.model.folder import (
     PROCESSOR_FILES,
+    as_checkpoint_error,
     check_config_file,
     check_tokenizer_files,
     find_model_folder,
     has_processor_files,
     read_json,
-    read_tensor_names,
     shorten,
 )
 from partwise.model.videoless import without_video
+from partwise.model.weights import read_model
 
 MEDIA_TOKEN = re.compile(
     r"((image|video|audio|vision)(_start|_end|_begin|_pad)?|[be]o[iav])_token_(id|index)"
 )
 
-# What other tools put before every name when they save a model that is still wrapped.
-WRAPPER_PREFIXES = ("module.", "base_model.model.", "_orig_mod.", "model.")
+
+SAME_MODEL = "Copy its files again from the model that it was made from."
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def load_model_config(path: str | Path, trust_remote_code: bool = False) -> PreT
     """The config of a model folder. Raises: CheckpointError when there is none that can be used."""
     folder = find_model_folder(path)
     check_config_file(folder, trust_remote_code)
-    with _as_checkpoint_error(folder / "config.json"):
+    with as_checkpoint_error(folder / "config.json", "it makes no config", SAME_MODEL):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
@@ -84,8 +81,8 @@ def load_processor(
     check_tokenizer_files(folder)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if has_processor_files(folder):
-        with _as_checkpoint_error(folder, "its processor cannot be loaded"):
-            processor = _processor_class(folder, trust_remote_code).from_pretrained(folder, **options)
+        with as_checkpoint_error(folder, "its processor cannot be loaded", SAME_MODEL):
+            processor = _processor_class(folder).from_pretrained(folder, **options)
         if not isinstance(processor, ProcessorMixin):
             raise CheckpointError(
                 f"{folder}: its processor files name no processor class (found {type(processor).__name__}). "
@@ -93,14 +90,14 @@ def load_processor(
             )
     else:
         _refuse_images_without_processor(folder, trust_remote_code)
-        with _as_checkpoint_error(folder, "its tokenizer cannot be loaded"):
+        with as_checkpoint_error(folder, "its tokenizer cannot be loaded", SAME_MODEL):
             processor = AutoTokenizer.from_pretrained(folder, **options)
     if chat_template is not None:
         _set_chat_template(processor, chat_template)
     return processor
 
 
-def _processor_class(folder: Path, trust_remote_code: bool) -> Any:
+def _processor_class(folder: Path) -> Any:
     """AutoProcessor, or the folder's processor class without its video part where torchvision is missing."""
     if is_torchvision_available():
         return AutoProcessor
@@ -138,27 +135,22 @@ def _set_chat_template(processor: Any, file: str) -> None:
 
 def empty_model(path: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model on the meta device: its modules and shapes, no weights read and no memory used."""
-    config = deepcopy(load_model_config(path, trust_remote_code))
-    auto_class = _auto_class(config, find_model_folder(path))
-    with _as_checkpoint_error(Path(path), "its model cannot be built"), torch.device("meta"):
+    folder = find_model_folder(path)
+    config = load_model_config(folder, trust_remote_code)
+    auto_class = _auto_class(config, folder)
+    with as_checkpoint_error(folder, "its model cannot be built", SAME_MODEL), torch.device("meta"):
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(settings: ModelConfig, device: str | torch.device = "cpu") -> LoadedModel:
     """The model of a folder on `device`, in eval mode, with exactly the weights of its files.
 
-    Raises: CheckpointError when the folder is not whole, or when a weight of the model is missing in the
-    files, a tensor of the files has no place in the model, or their shapes differ.
+    Raises: CheckpointError when the folder is not whole, or its weights do not fit the model exactly.
     """
     folder = find_model_folder(settings.path, with_weights=True)
     config = load_model_config(folder, settings.trust_remote_code)
     processor = load_processor(folder, settings.trust_remote_code, settings.chat_template)
-    names = read_tensor_names(folder)
-    model, report = _read_model(folder, config, settings)
-    if any(report.values()):
-        message = _describe_differences(folder, model, report)
-        del model
-        raise CheckpointError(message + " " + _way_out(folder, config, settings, names, report))
+    model = read_model(_auto_class(config, folder), folder, config, settings)
     return LoadedModel(model.to(device), processor, str(folder))
 
 
@@ -172,75 +164,8 @@ def _auto_class(config: PreTrainedConfig, folder: Path) -> Any:
         if type(config) in mapping or auto_class.__name__ in auto_map:
             return auto_class
     raise CheckpointError(
-        f"{folder}: a model of type {config.model_type!r} generates no text from text or images, so it cannot "
-        "be fine-tuned here. Give the folder of a language model or of a model for images and text."
-    )
-
-
-def _read_model(
-    folder: Path, config: PreTrainedConfig, settings: ModelConfig, key_mapping: dict[str, str] | None = None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model and transformers' report of what did not fit; nothing did not when its values are empty."""
-    with _as_checkpoint_error(folder, "its weights cannot be loaded"), _without_load_report():
-        return _auto_class(config, folder).from_pretrained(
-            folder,
-            config=deepcopy(config),
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attention,
-            trust_remote_code=settings.trust_remote_code,
-            key_mapping=key_mapping,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            weights_only=True,
-            local_files_only=True,
-        )
-
-
-def _describe_differences(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> str:
-    kinds = []
-    if missing := sorted(report["missing_keys"]):
-        kinds.append(f"{len(missing)} missing in the files, which would be random ({_first(missing)})")
-    if unexpected := sorted(report["unexpected_keys"]):
-        kinds.append(f"{len(unexpected)} in the files without a place in the model ({_first(unexpected)})")
-    if mismatched := sorted(report["mismatched_keys"]):
-        shapes = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in mismatched]
-        kinds.append(f"{len(mismatched)} of another shape ({_first(shapes)})")
-    kinds += [shorten(message) for message in report.get("error_msgs", ())]
-    return f"{folder}: the weights do not fit {type(model).__name__}: {'; '.join(kinds)}."
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _way_out(
-    folder: Path,
-    config: PreTrainedConfig,
-    settings: ModelConfig,
-    names: frozenset[str],
-    report: dict[str, Any],
-) -> str:
-    if any("lora_" in name for name in names):
-        return (
-            "The files hold adapter tensors that were not merged: merge the adapter and save the model again."
-        )
-    for prefix in WRAPPER_PREFIXES:
-        if names and all(name.startswith(prefix) for name in names):
-            _, renamed = _read_model(folder, config, settings, {f"^{re.escape(prefix)}": ""})
-            if not any(renamed.values()):
-                return (
-                    f"Every name in the files begins with {prefix!r}: the model was saved while it was "
-                    f"wrapped. Without that prefix all {len(names)} tensors fit: save the inner model, or rename them."
-                )
-    if set(report["missing_keys"]) == {"lm_head.weight"} and not report["unexpected_keys"]:
-        return (
-            "config.json says tie_word_embeddings: false, so the head needs weights of its own. If the head "
-            "shares the embeddings, set tie_word_embeddings: true there; else copy the whole weights again."
-        )
-    return (
-        "config.json and the weights belong to different models, or the weights are not whole. Copy both "
-        "from the same model."
+        f"{folder}: a model of type {config.model_type!r} generates no text from text or images, so it "
+        "cannot be fine-tuned here. Give the folder of a language model or of a model for images and text."
     )
 
 
@@ -260,24 +185,3 @@ def media_token_ids(config: PreTrainedConfig, processor: Any) -> frozenset[int]:
         for key, value in source.items()
         if MEDIA_TOKEN.fullmatch(key) and isinstance(value, int) and value >= 0
     )
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Drops transformers' table of keys that do not fit: what it would print, load_model raises."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _as_checkpoint_error(where: Path, what: str = "it cannot be read") -> Iterator[None]:
-    """Whatever a library raises about a folder's content becomes one CheckpointError."""
-    try:
-        yield
-    except Exception as error:
-        raise CheckpointError(f"{where}: {what}: {shorten(error)}") from error
