@@ -1,13 +1,13 @@
 """Partwise: fine-tune multimodal language models part by part, and know exactly what trains.
 
-    import partwise
+import partwise
 
-    config = partwise.load_config("config.yaml", ["train.steps=100"])
-    partwise.check(config)            # findings, as `partwise check` prints them
-    final = partwise.train(config)    # the folder of the trained model
-    loaded = partwise.open_chat(final)
-    partwise.answer(loaded, [partwise.user_message("Which digit is this?", [image])])
-    partwise.find_parts(loaded.model) # the parts of any transformers model
+config = partwise.load_config("config.yaml", ["train.steps=100"])
+partwise.check(config)            # findings, as `partwise check` prints them
+final = partwise.train(config)    # the folder of the trained model
+loaded = partwise.open_chat(final)
+partwise.answer(loaded, [partwise.user_message("Which digit is this?", [image])])
+partwise.find_parts(loaded.model) # the parts of any transformers model
 """
 
 from __future__ import annotations

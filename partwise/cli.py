@@ -106,7 +106,9 @@ def export(
 @app.command()
 def chat(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model, adapter or run folder.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Image to ask about; may repeat.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", help="Image to ask about; may repeat.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask once and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
 ) -> None:
@@ -117,7 +119,9 @@ def chat(
 
 
 @app.command()
-def plot(runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")]) -> None:
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")],
+) -> None:
     """Draw the loss of one run, or of several over each other, to plots/loss.png of the first."""
     from partwise.train.plots import plot_runs
 
@@ -136,7 +140,9 @@ def schema() -> None:
 
 @app.command()
 def tiny(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help="Such as gemma3, llava-next, qwen2.5-vl, llama.")],
+    family: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="Such as gemma3, llava-next, qwen2.5-vl, llama.")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; must be empty or new.")],
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
 ) -> None:

@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from partwise.config import Config, load_config
-from partwise.data.preview import preview_row
+from partwise.data.preview import preview_example
+from partwise.data.rows import row_name
 from partwise.errors import DataError
 from partwise.model.load import empty_model
 from partwise.model.parts import parts_table
+from partwise.records import Dropped
 from partwise.tables import format_count, held_lines, plan_table
 from partwise.train.job import Job
 
@@ -24,7 +26,9 @@ def print_parts(source: str, trust_remote_code: bool, console: Console) -> None:
     model = empty_model(source, trust_remote_code)
     table = Table(title=f"{source}: {type(model).__name__}", title_justify="left", title_style="bold")
     for name in ("part", "module", "parameters", "dtype", "layers"):
-        table.add_column(name, justify="right" if name in ("parameters", "layers") else "left", overflow="fold")
+        table.add_column(
+            name, justify="right" if name in ("parameters", "layers") else "left", overflow="fold"
+        )
     total = 0
     for row in parts_table(model):
         total += row.num_parameters
@@ -61,4 +65,13 @@ def print_preview(config: Config, row: int, console: Console) -> None:
         raise DataError(
             f"--row {row}: the training data has {len(job.rows)} rows, numbered from 0 to {len(job.rows) - 1}."
         )
-    console.print(preview_row(job.chat_format, job.rows[row]))
+    conversation = job.rows[row]
+    example = job.chat_format(conversation)
+    if isinstance(example, Dropped):
+        raise DataError(
+            f"{row_name(conversation.source, conversation.row)}: training drops this row: {example.reason} "
+            f"at data.max_seq_len {config.data.max_seq_len}. Raise the limit to see it."
+        )
+    console.print(
+        preview_example(job.processor, conversation, example, job.chat_format.media_token_ids), soft_wrap=True
+    )

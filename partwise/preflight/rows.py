@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from partwise.data.loader import Scan, scan_rows
+from partwise.data.scan import Scan, scan_rows
 from partwise.data.sources import Rows
 from partwise.records import Finding
 from partwise.train.job import Job

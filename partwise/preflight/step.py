@@ -80,7 +80,9 @@ def reference_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -
     """Mean loss of the batch from the logits of the model's whole forward."""
     logits = model(**model_inputs(model, batch, device)).logits[:, :-1].float()
     labels = batch.labels[:, 1:].to(device)
-    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    total = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
     return total.item() / batch.num_target_tokens
 
 
@@ -111,7 +113,9 @@ def check_gradients(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[
                 batch.rows[0],
                 "Freeze them with a layer range, or report the model family.",
             )
-        broken = [n for n in part.trainable if gradients.get(n) is not None and not gradients[n].isfinite().all()]
+        broken = [
+            n for n in part.trainable if gradients.get(n) is not None and not gradients[n].isfinite().all()
+        ]
         if broken:
             yield Finding(
                 "step", "error", f"the gradient of {broken[0]} is not finite", batch.rows[0], "Use float32."
@@ -119,6 +123,8 @@ def check_gradients(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[
     trainable = set(job.plan.trainable)
     leaked = [name for name, gradient in gradients.items() if gradient is not None and name not in trainable]
     if leaked:
-        yield Finding("step", "error", f"{len(leaked)} frozen tensors got a gradient: {', '.join(leaked[:3])}")
+        yield Finding(
+            "step", "error", f"{len(leaked)} frozen tensors got a gradient: {', '.join(leaked[:3])}"
+        )
     reached = sum(gradients.get(name) is not None for name in trainable)
     yield Finding("step", "info", f"gradients reach {reached} of {len(trainable)} trainable tensors")

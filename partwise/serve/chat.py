@@ -14,7 +14,7 @@ from transformers import TextStreamer
 
 from partwise.config import ModelConfig
 from partwise.data.chat import prompt_inputs
-from partwise.data.sources import parse_image
+from partwise.data.rows import parse_image
 from partwise.errors import DataError
 from partwise.export.adapter import is_adapter, open_adapter
 from partwise.export.folder import final_folder

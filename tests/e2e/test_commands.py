@@ -140,7 +140,12 @@ def test_preview_shows_what_is_trained(toy, tmp_path, run_cli) -> None:
 def test_parts_prints_the_tree_of_a_model_and_the_plan_of_a_config(toy, tmp_path, run_cli) -> None:
     tree = run_cli("parts", toy.base)
     assert tree.code == 0, tree.err
-    for word in ("Gemma3ForConditionalGeneration", "model.vision_tower", "model.multi_modal_projector", "float32"):
+    for word in (
+        "Gemma3ForConditionalGeneration",
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "float32",
+    ):
         assert word in tree.out
     plan = run_cli("parts", toy.config(tmp_path, parts={"projector": "full"}))
     assert plan.code == 0 and "frozen" in plan.out
