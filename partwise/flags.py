@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from partwise.document import Fault
+from partwise.records import MODES
 
 USUAL_PARTS = "parts: {vision_tower: frozen, projector: full, language_model: lora}"
 USUAL_FLAGS = (
@@ -110,7 +111,9 @@ def compare_flags(
     expanded = expand_flags(flags)
     for part in _PART_FLAGS:
         said, meant = _setting(expanded.get(part)), _setting(parts.get(part))
-        if said[0] == meant[0] and (said[1] is None or said == meant):
+        if said[1] is None:  # the flags say nothing about layers
+            meant = (meant[0], None)
+        if said == meant or meant[0] not in MODES:
             continue
         flag = deciding_flag(flags, part) if part in expanded else next(iter(flags))
         said_text, meant_text = (

@@ -46,7 +46,9 @@ class ModelConfig(Section):
 
 
 class PartConfig(Section):
-    mode: Mode = Field(description="frozen: unchanged; lora: adapters train; full: its weights train.")
+    mode: Mode = Field(
+        description="What happens to the part: nothing, adapters on it train, or its weights train."
+    )
     learning_rate: float | None = Field(None, gt=0, description="Instead of train.learning_rate.")
     weight_decay: float | None = Field(None, ge=0, description="Instead of train.weight_decay.")
     layers: str | None = Field(

@@ -260,6 +260,12 @@ def test_flags_beside_parts_that_mean_something_else(lines, expected):
     assert faults(*lines) == [expected]
 
 
+def test_a_wrong_mode_beside_flags_is_one_fault():
+    assert faults("finetuning_type: full", "parts: {language_model: ful}") == [
+        'c.yaml:5: parts.language_model: "ful" is not one of frozen, lora, full. Did you mean "full"?'
+    ]
+
+
 def every_combination():
     booleans = [name for name, schema in FLAGS.items() if schema["type"] == "boolean"]
     for values in itertools.product((None, True, False), repeat=len(booleans)):
