@@ -59,12 +59,16 @@ def audit_model_type(model_type: str) -> AuditRow:
     try:
         parts = find_parts(model)
     except PlanError as error:
-        return AuditRow(model_type, {}, {}, str(error).removeprefix(f"{model_type}: "))
+        return AuditRow(model_type, {}, {}, _first_sentence(error, model_type))
     return AuditRow(
         model_type,
         {part: found.module_paths for part, found in parts.items()},
         {part: found.num_parameters for part, found in parts.items()},
     )
+
+
+def _first_sentence(error: PlanError, model_type: str) -> str:
+    return str(error).removeprefix(f"{model_type}: ").partition(". ")[0]
 
 
 def render_row(row: AuditRow) -> str:
@@ -79,10 +83,11 @@ def render_row(row: AuditRow) -> str:
     return f"| {row.model_type} | {' | '.join(cells)} | {counts} |"
 
 
-def main() -> None:
-    print(HEADER + "\n".join(render_row(audit_model_type(t)) for t in audited_model_types()))
+def render_document(rows: list[AuditRow]) -> str:
+    """docs/families.md: what the table says, and the table."""
+    return HEADER + "\n".join(map(render_row, rows)) + "\n"
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    main()
+    print(render_document([audit_model_type(t) for t in audited_model_types()]), end="")

@@ -51,7 +51,7 @@ def find_parts(model: PreTrainedModel) -> dict[str, FoundPart]:
         (homeless if path is None else names[owner[path]]).append(name)
     if homeless:
         raise PlanError(
-            f"{_model_type(model)}: {len(homeless)} parameters belong to no part: {shorten(homeless)}. "
+            f"{_model_type(model)}: parameters that belong to no part: {shorten(homeless)}. "
             "Partwise trains the model types that docs/families.md lists with a language model path."
         )
     return {
