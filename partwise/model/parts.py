@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from partwise.errors import CheckpointError, PlanError
 from partwise.model.find import FoundPart, contains, find_parts, shorten
 from partwise.model.plan import resolve_plan
-from partwise.records import LoraSettings, PartPlan, PartsPlan
+from partwise.records import LoraSettings, PartsPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,15 +65,15 @@ def verify_plan(model: PreTrainedModel, plan: PartsPlan, moment: str = "the plan
         return
     messages = []
     for part in plan.parts:
+        stated = f"{part.part} is {part.mode} by the plan, but"
+        outside = "" if part.mode == "frozen" else " outside the plan"
         if names := [n for n in extra if _part_of(plan, n) == part.part]:
             messages.append(
-                f"{part.part} is {part.mode} by the plan, but {len(names)} of its tensors train after "
-                f"{moment} and should not: {shorten(names)}"
+                f"{stated} {len(names)} of its tensors{outside} train after {moment}: {shorten(names)}"
             )
         if names := [n for n in missing if n in part.trainable]:
             messages.append(
-                f"{part.part} is {part.mode} by the plan, but {len(names)} of its tensors do not train after "
-                f"{moment}: {shorten(names)}"
+                f"{stated} {len(names)} of its tensors do not train after {moment}: {shorten(names)}"
             )
     raise PlanError(
         f"{'; '.join(messages)}. Something else changed requires_grad or the modules; do not train."
@@ -102,14 +102,20 @@ def set_train_mode(model: PreTrainedModel, plan: PartsPlan) -> None:
 
 
 def _lora_config(plan: PartsPlan) -> LoraConfig:
-    """The adapters of all parts in one config. PEFT takes the first pattern that matches a target."""
-    parts = [part for part in plan.parts if part.lora]
+    """The adapters of all parts in one config: the largest part's settings, and patterns for the others.
+
+    Patterns are whole names: PEFT takes the first that matches, and its file does not keep their order.
+    """
+    parts = sorted(
+        (part for part in plan.parts if part.lora), key=lambda part: len(part.lora_targets), reverse=True
+    )
     settings: LoraSettings = parts[0].lora  # type: ignore[assignment]
     ranks, alphas = {}, {}
-    if len({(p.lora.rank, p.lora.alpha) for p in parts if p.lora}) > 1:
-        for path, part in _deepest_first(parts):
-            pattern = rf"{re.escape(path)}\..*"
-            ranks[pattern], alphas[pattern] = part.lora.rank, part.lora.alpha  # type: ignore[union-attr]
+    for part in parts[1:]:
+        if part.lora and (part.lora.rank, part.lora.alpha) != (settings.rank, settings.alpha):
+            patterns = [re.escape(target) for target in part.lora_targets]
+            ranks.update(dict.fromkeys(patterns, part.lora.rank))
+            alphas.update(dict.fromkeys(patterns, part.lora.alpha))
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -120,10 +126,6 @@ def _lora_config(plan: PartsPlan) -> LoraConfig:
         rank_pattern=ranks,
         alpha_pattern=alphas,
     )
-
-
-def _deepest_first(parts: list[PartPlan]) -> list[tuple[str, PartPlan]]:
-    return sorted(((path, p) for p in parts for path in p.module_paths), key=lambda item: -len(item[0]))
 
 
 def adapter_config(plan: PartsPlan, base_path: str) -> LoraConfig:
