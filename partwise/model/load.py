@@ -64,7 +64,7 @@ def load_model_config(path: str | Path, trust_remote_code: bool = False) -> PreT
     folder = find_model_folder(path)
     check_config_file(folder, trust_remote_code)
     with as_checkpoint_error(folder / "config.json", "it makes no config", SAME_MODEL):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def load_processor(
@@ -79,10 +79,9 @@ def load_processor(
     """
     folder = find_model_folder(path)
     check_tokenizer_files(folder)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     if has_processor_files(folder):
         with as_checkpoint_error(folder, "its processor cannot be loaded", SAME_MODEL):
-            processor = _processor_class(folder).from_pretrained(folder, **options)
+            processor = _processor_class(folder).from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not isinstance(processor, ProcessorMixin):
             raise CheckpointError(
                 f"{folder}: its processor files name no processor class (found {type(processor).__name__}). "
@@ -91,7 +90,7 @@ def load_processor(
     else:
         _refuse_images_without_processor(folder, trust_remote_code)
         with as_checkpoint_error(folder, "its tokenizer cannot be loaded", SAME_MODEL):
-            processor = AutoTokenizer.from_pretrained(folder, **options)
+            processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         _set_chat_template(processor, chat_template)
     return processor

@@ -65,7 +65,6 @@ def _read(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 weights_only=True,
-                local_files_only=True,
             )
         except UnpicklingError as error:
             raise CheckpointError(
