@@ -139,7 +139,7 @@ def test_the_first_step_that_is_not_finite_is_named_with_parts_and_rows():
         read_outcomes(outcomes)
     assert str(caught.value) == (
         "step 2: the loss is 1.5 and the gradient norms are inf in projector, 3 in language_model; "
-        "the rows are rows.jsonl:10, rows.jsonl:11, rows.jsonl:12, rows.jsonl:13 and 2 more. Nothing was saved after it. "
-        "Look at these rows, lower the learning rate or lengthen the warm-up, and resume from the newest "
-        "checkpoint."
+        "the rows are rows.jsonl:10, rows.jsonl:11, rows.jsonl:12, rows.jsonl:13 and 2 more. "
+        "Nothing was saved after it. Look at these rows, lower the learning rate or lengthen the "
+        "warm-up, and resume from the newest checkpoint."
     )
