@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from partwise.config import Config, PartConfig, config_schema, dump_config, load_config
+from partwise.config.reference import write_reference
 from partwise.errors import ConfigError, PlanError
-from partwise.reference import write_reference
 
 ROOT = Path(__file__).parents[2]
 GOOD = """\

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from partwise.config import Config, load_config
+from partwise.config.flags import FLAGS, check_flags, expand_flags
 from partwise.errors import ConfigError, PlanError
-from partwise.flags import FLAGS, check_flags, expand_flags
 
 BASE = "model: {path: m}\ndata: {train: a}\noutput: o\n"  # three lines: the flags start in line 4
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from partwise.flags import FLAGS, USUAL_PARTS, check_flags, expand_flags
+from partwise.config.flags import FLAGS, USUAL_PARTS, check_flags, expand_flags
 from partwise.records import PART_NAMES
 
 _INTRODUCTION = f"""\

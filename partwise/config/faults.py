@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from partwise.document import Fault
+from partwise.config.document import Fault
 
 SectionTypes = Mapping[str, type[BaseModel]]
 

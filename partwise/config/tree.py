@@ -1,4 +1,4 @@
-"""The config: one YAML file, `key.path=value` overrides, strict types, every fault at once.
+"""The config tree and its loader: one YAML file, overrides, strict types, every fault at once.
 
 In: a path and overrides. Out: a frozen `Config` that knows the file:line of each of its keys. The keys are
 in sections.py, the rules between them in rules.py; flags.py turns the freeze flags into `parts`.
@@ -6,14 +6,13 @@ in sections.py, the rules between them in rules.py; flags.py turns the freeze fl
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from partwise.document import (
+from partwise.config.document import (
     Document,
     Fault,
     find_origin,
@@ -22,9 +21,8 @@ from partwise.document import (
     read_document,
     write_yaml,
 )
-from partwise.errors import ConfigError, PlanError
-from partwise.faults import explain_errors, split_unknown
-from partwise.flags import (
+from partwise.config.faults import explain_errors, split_unknown
+from partwise.config.flags import (
     FLAGS,
     USUAL_FLAGS,
     USUAL_PARTS,
@@ -33,22 +31,18 @@ from partwise.flags import (
     deciding_flag,
     expand_flags,
 )
+from partwise.config.rules import check_evaluation, check_parts, check_train
+from partwise.config.sections import (
+    TAGS,
+    DataConfig,
+    ModelConfig,
+    PartConfig,
+    PartsConfig,
+    Section,
+    TrainConfig,
+)
+from partwise.errors import ConfigError, PlanError
 from partwise.records import PART_NAMES
-from partwise.reference import write_reference
-from partwise.rules import check_evaluation, check_parts, check_train
-from partwise.sections import TAGS, DataConfig, ModelConfig, PartConfig, PartsConfig, Section, TrainConfig
-
-__all__ = [
-    "Config",
-    "DataConfig",
-    "ModelConfig",
-    "PartConfig",
-    "PartsConfig",
-    "TrainConfig",
-    "config_schema",
-    "dump_config",
-    "load_config",
-]
 
 
 class Config(Section):
@@ -208,7 +202,3 @@ def _require_training(config: Config, recipe: str) -> None:
         f"nothing would train: {', '.join(parts[:-1])} and {parts[-1]} are all frozen ({places}). "
         f"The usual recipe keeps the vision tower frozen and opens the other two: {recipe}."
     )
-
-
-if __name__ == "__main__":
-    sys.stdout.write(write_reference(config_schema()))

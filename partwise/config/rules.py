@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from partwise.document import Fault
-from partwise.faults import show_value
+from partwise.config.document import Fault
+from partwise.config.faults import show_value
+from partwise.config.sections import DataConfig, PartConfig, PartsConfig, TrainConfig
 from partwise.records import PART_NAMES
-from partwise.sections import DataConfig, PartConfig, PartsConfig, TrainConfig
 
 
 def check_train(train: TrainConfig) -> Iterator[Fault]:

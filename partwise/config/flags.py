@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from partwise.document import Fault
+from partwise.config.document import Fault
 from partwise.records import MODES
 
 USUAL_PARTS = "parts: {vision_tower: frozen, projector: full, language_model: lora}"

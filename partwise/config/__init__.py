@@ -1,0 +1,20 @@
+"""The config: what a run is, as one YAML file says it.
+
+document.py reads YAML with places; flags.py turns the freeze flags into `parts`; sections.py holds the keys,
+rules.py the rules between them, tree.py joins them; `python -m partwise.config` writes docs/config.md.
+"""
+
+from partwise.config.sections import DataConfig, ModelConfig, PartConfig, PartsConfig, TrainConfig
+from partwise.config.tree import Config, config_schema, dump_config, load_config
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "PartConfig",
+    "PartsConfig",
+    "TrainConfig",
+    "config_schema",
+    "dump_config",
+    "load_config",
+]
