@@ -118,7 +118,7 @@ def check_config_file(folder: Path, trust_remote_code: bool) -> None:
             f"{file}: its weights are quantised, and quantised weights cannot be trained. Give the folder of "
             "the same model in bfloat16 or float32."
         )
-    if model_type in transformers.CONFIG_MAPPING:
+    if content["model_type"] in transformers.CONFIG_MAPPING:
         return
     if "auto_map" not in content:
         raise CheckpointError(

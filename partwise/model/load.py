@@ -46,7 +46,6 @@ MEDIA_TOKEN = re.compile(
     r"((image|video|audio|vision)(_start|_end|_begin|_pad)?|[be]o[iav])_token_(id|index)"
 )
 
-
 SAME_MODEL = "Copy its files again from the model that it was made from."
 
 
