@@ -257,6 +257,19 @@ def test_names_that_are_no_folder_and_cannot_be_fetched(path):
     assert text.endswith("Correct model.path, or download the model and give its folder.")
 
 
+def test_hub_names_fetch_weights_only_to_load_them(tiny_folder, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, "model*.safetensors" in allow_patterns))
+        return str(tiny_folder("llama"))
+
+    monkeypatch.setattr("partwise.model.folder.snapshot_download", snapshot)
+    assert load_model_config("meta/llama").model_type == "llama"
+    assert load("meta/llama").path == str(tiny_folder("llama"))
+    assert asked == [("meta/llama", False), ("meta/llama", True)]
+
+
 @pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "../a/b/c"])
 def test_paths_are_not_looked_up_on_the_hub(path):
     assert refusal(path) == f"There is no model folder {path} (from {Path.cwd()}). Correct model.path."
