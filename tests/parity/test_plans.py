@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from partwise.errors import TrainingError
+from partwise.records import PartsPlan
 from partwise.train.optim import Optimizer
 from partwise.train.step import batch_loss_sum, read_outcomes, train_step
 
@@ -55,3 +59,29 @@ def test_held_tensors_get_no_gradient_even_when_they_are_open(open_tiny):
     batch_loss_sum(tiny.model, tiny.split([2]).batches[0], CPU).backward()
     reached = {name for name, p in tiny.model.named_parameters() if p.grad is not None}
     assert not held & reached
+
+
+def test_a_trainable_tensor_that_no_gradient_reaches_stops_the_run(open_tiny):
+    tiny = open_tiny("llava-next", (1, 1))
+    plan, config = tiny.plan({"vision_tower": "full", "projector": "full"})
+    vision = plan["vision_tower"]
+    wrong = replace(vision, trainable=(*vision.trainable, *vision.held), held={})
+    plan = PartsPlan(tuple(wrong if part is vision else part for part in plan.parts))
+    tiny.model.requires_grad_(True)
+    first, num_dead = sorted(vision.held, key=list(wrong.trainable).index)[0], len(vision.held)
+    with pytest.raises(TrainingError) as caught:
+        train_step(tiny.model, tiny.split([2]), Optimizer(tiny.model, plan, config.train, 3), CPU)
+    assert str(caught.value).startswith(
+        f"step 1: no gradient has reached {num_dead} of the {len(wrong.trainable)} tensors of vision_tower "
+        f"that the plan trains: {first}"
+    )
+
+
+def test_text_rows_leave_the_vision_side_as_it_is(open_tiny):
+    tiny = open_tiny("gemma3", (0, 0))
+    plan, config = tiny.plan({"vision_tower": "full", "projector": "full"})
+    before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+    optimizer = Optimizer(tiny.model, plan, config.train, 3)
+    values = read_outcomes([train_step(tiny.model, tiny.split([1, 1]), optimizer, CPU)])[0]
+    assert values.loss > 0 and values.grad_norms == {"vision_tower": 0.0, "projector": 0.0}
+    assert all(torch.equal(t, before[name]) for name, t in tiny.model.state_dict().items())
