@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from transformers import BatchFeature
 
 from partwise.data.images import decode_image
-from partwise.data.rows import row_name
+from partwise.data.rows import count_images, row_name
 from partwise.data.template import Span, chat_template, render, render_answers, special_tokens, tokenizer_of
 from partwise.errors import ConfigError, DataError
 from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example, Text
@@ -181,9 +181,7 @@ def run_processor(processor: Any, text: str, conversation: Conversation, row: st
     pictures = [decode_image(image, row) for image in conversation.images]
     if tokenizer is processor:
         if pictures:
-            raise DataError(
-                f"{row}: {len(pictures)} images given, but the model is a text model. Drop the images."
-            )
+            raise DataError(f"{row}: the row has images, but the model is a text model. Drop the images.")
         return checked_bos(tokenizer, dict(tokenizer([text], **options)), row)
     check_placeholders(processor, text, pictures, row)
     try:
@@ -210,8 +208,9 @@ def check_placeholders(processor: Any, text: str, pictures: Sequence[PILImage.Im
     num_written = text.count(processor.image_token)
     if num_written != len(pictures):
         raise DataError(
-            f'{row}: the chat template wrote {num_written} "{processor.image_token}" for {len(pictures)} '
-            "images. Name a template in model.chat_template that writes them in every role."
+            f'{row}: the chat template wrote {num_written} "{processor.image_token}", the row has '
+            f"{count_images(len(pictures))}. Name a template in model.chat_template that writes them "
+            "in every role."
         )
 
 

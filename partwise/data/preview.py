@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from partwise.data.images import decode_image
-from partwise.data.rows import row_name
+from partwise.data.rows import count_images, row_name
 from partwise.data.template import tokenizer_of
 from partwise.records import IGNORE_INDEX, Conversation, Example
 
@@ -41,11 +41,9 @@ def preview_example(
         else:
             decoded = tokenizer.decode(example.input_ids[positions], clean_up_tokenization_spaces=False)
             text.append(decoded, style=TRAINED_STYLE if is_trained else "")
-    num_images = len(conversation.images)
-    images = f"{num_images} {'image' if num_images == 1 else 'images'}"
     text.append(
         f"\n{row_name(example.source, example.row)}: {len(example.input_ids)} tokens, "
-        f"{example.num_target_tokens} of them trained (green), {images}\n",
+        f"{example.num_target_tokens} of them trained (green), {count_images(len(conversation.images))}\n",
         style="dim",
     )
     return text

@@ -42,6 +42,10 @@ def row_name(source: str, row: int) -> str:
     return f"{source}:{row + 1}" if source.endswith(".jsonl") else f"{source} row {row}"
 
 
+def count_images(number: int) -> str:
+    return "1 image" if number == 1 else f"{number} images"
+
+
 def read_conversation(row: Any, source: str, number: int) -> Conversation:
     """The conversation of one row.
 
@@ -251,16 +255,19 @@ def _fill_placeholders(messages: list[tuple[str, list[Part], bool]], images: lis
     num_slots = sum(part is None for _, parts, _ in messages for part in parts)
     if images and not num_slots:
         raise _RowError(
-            f"{_count(images)} given, no placeholder in the messages. Add {PLACEHOLDER} where it belongs."
+            f"{count_images(len(images))} given, no placeholder in the messages. Add {PLACEHOLDER} "
+            "where it belongs."
         )
     if len(images) < num_slots:
         raise _RowError(
-            f"{_count(images)} given, {num_slots} {PLACEHOLDER} in the messages. Add an image or drop one."
+            f"{count_images(len(images))} given, {num_slots} {PLACEHOLDER} in the messages. Add an "
+            "image or drop one."
         )
     if len(images) > num_slots:
         word = "placeholder" if num_slots == 1 else "placeholders"
         raise _RowError(
-            f"{_count(images)} given, {num_slots} {word} in the messages. Add a placeholder or drop an image."
+            f"{count_images(len(images))} given, {num_slots} {word} in the messages. Add a "
+            "placeholder or drop an image."
         )
     waiting = iter(images)
     return [Message(role, tuple(_filled(parts, waiting)), train) for role, parts, train in messages]
@@ -276,7 +283,3 @@ def _filled(parts: list[Part], images: Iterator[Image]) -> list[Text | Image]:
         else:
             filled.append(part)
     return filled
-
-
-def _count(images: list[Image]) -> str:
-    return f"{len(images)} image" if len(images) == 1 else f"{len(images)} images"

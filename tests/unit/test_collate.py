@@ -1,0 +1,60 @@
+"""Batches of examples: padding, what counts, and images of unequal shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from partwise.data.collate import collate
+from partwise.records import IGNORE_INDEX, Example
+
+
+def example(
+    num_tokens: int, row: int, media: dict[str, torch.Tensor] | None = None, **fields: int
+) -> Example:
+    """Ids 10, 11, ...; all but the first are labels; each field has the given value in every token."""
+    ids = torch.arange(10, 10 + num_tokens)
+    labels = ids.clone()
+    labels[0] = IGNORE_INDEX
+    token_fields = {name: torch.full_like(ids, value) for name, value in fields.items()}
+    return Example(ids, labels, token_fields, media or {}, num_tokens - 1, "a.jsonl", row)
+
+
+def test_short_rows_are_padded_on_the_right() -> None:
+    batch = collate([example(2, 0, token_type_ids=1), example(4, 1, token_type_ids=1)], pad_token_id=7)
+    assert batch.input_ids.tolist() == [[10, 11, 7, 7], [10, 11, 12, 13]]
+    assert batch.labels.tolist() == [[-100, 11, -100, -100], [-100, 11, 12, 13]]
+    assert batch.document_ids.tolist() == [[0, 0, -1, -1], [1, 1, 1, 1]]
+    assert batch.token_fields["token_type_ids"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert (batch.num_target_tokens, batch.num_input_tokens) == (4, 6)
+    assert batch.rows == ("a.jsonl:1", "a.jsonl:2")
+    assert batch.media == {}
+
+
+def test_padding_is_no_label_where_the_pad_token_is_one() -> None:
+    batch = collate([example(2, 0), example(3, 1)], pad_token_id=11)
+    assert batch.labels[0].tolist() == [-100, 11, -100]
+
+
+def test_images_stand_in_row_order_and_text_rows_have_none() -> None:
+    rows = [
+        example(2, 0, {"pixel_values": torch.full((1, 3, 2, 2), 1.0)}),
+        example(2, 1),
+        example(2, 2, {"pixel_values": torch.full((2, 3, 2, 2), 2.0)}),
+    ]
+    pixels = collate(rows, pad_token_id=0).media["pixel_values"]
+    assert pixels[:, 0, 0, 0].tolist() == [1.0, 2.0, 2.0]
+
+
+def test_missing_patches_are_zeros_at_the_end() -> None:
+    rows = [
+        example(
+            2, 0, {"pixel_values": torch.full((1, 2, 3, 4, 4), 1.0), "image_sizes": torch.tensor([[4, 8]])}
+        ),
+        example(
+            2, 1, {"pixel_values": torch.full((1, 3, 3, 4, 4), 2.0), "image_sizes": torch.tensor([[8, 8]])}
+        ),
+    ]
+    media = collate(rows, pad_token_id=0).media
+    assert media["pixel_values"].shape == (2, 3, 3, 4, 4)
+    assert media["pixel_values"][:, :, 0, 0, 0].tolist() == [[1.0, 1.0, 0.0], [2.0, 2.0, 2.0]]
+    assert media["image_sizes"].tolist() == [[4, 8], [8, 8]]

@@ -1,0 +1,228 @@
+"""The order of rows, resuming, worker processes, and what a scan counts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from partwise.data.chat import ChatFormat
+from partwise.data.loader import StepLoader
+from partwise.data.scan import scan_rows
+from partwise.data.sources import Rows, open_rows
+from partwise.errors import DataError
+from partwise.model.load import load_model_config, load_processor, media_token_ids
+from partwise.records import Batch, StepData
+
+NUM_ROWS = 10
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def chat_format(tiny_folder: Callable[[str], Path]) -> ChatFormat:
+    folder = tiny_folder("llava-next")
+    processor = load_processor(folder)
+    return ChatFormat(processor, media_token_ids(load_model_config(folder), processor), 64, "truncate")
+
+
+@pytest.fixture(scope="module")
+def text_format(tiny_folder: Callable[[str], Path]) -> ChatFormat:
+    return ChatFormat(load_processor(tiny_folder("llama")), frozenset(), 64, "truncate")
+
+
+def write_rows(path: Path, questions: list[str], **keys: object) -> Rows:
+    rows = [{"prompt": question, "completion": "A red circle.", **keys} for question in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return open_rows([path])
+
+
+@pytest.fixture
+def text_rows(tmp_path: Path) -> Rows:
+    """Questions of different lengths; row i has i words."""
+    return write_rows(tmp_path / "rows.jsonl", ["what " * (i + 1) for i in range(NUM_ROWS)])
+
+
+@pytest.fixture
+def mixed_rows(tmp_path: Path, make_image: Callable) -> Rows:
+    """Rows with and without images, of different sizes."""
+    make_image((56, 56)).save(tmp_path / "square.png")
+    make_image((112, 56)).save(tmp_path / "wide.png")
+    rows = [{"prompt": "What is this?", "completion": "Nothing."} for _ in range(6)]
+    rows[1] |= {"prompt": "<image>\nWhat?", "image": "square.png"}
+    rows[4] |= {"prompt": "<image>\nWhat?", "image": "wide.png"}
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return open_rows([path])
+
+
+def loader(rows: Rows, chat_format: ChatFormat, num_workers: int = 0, seed: int = 5, **options) -> StepLoader:
+    return StepLoader(
+        rows,
+        chat_format,
+        PAD,
+        global_batch_size=4,
+        micro_batch_size=2,
+        seed=seed,
+        num_workers=num_workers,
+        **options,
+    )
+
+
+def names(step: StepData) -> list[str]:
+    return [row for batch in step.batches for row in batch.rows]
+
+
+def same_batch(a: Batch, b: Batch) -> bool:
+    tensors = [
+        ({"input_ids": x.input_ids, "labels": x.labels, "ids": x.document_ids} | x.token_fields | x.media)
+        for x in (a, b)
+    ]
+    return (a.rows, a.num_target_tokens, a.num_input_tokens) == (
+        b.rows,
+        b.num_target_tokens,
+        b.num_input_tokens,
+    ) and all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0] | tensors[1])
+
+
+def same_steps(a: list[StepData], b: list[StepData]) -> bool:
+    return [(s.step, s.dropped, len(s.batches)) for s in a] == [
+        (s.step, s.dropped, len(s.batches)) for s in b
+    ] and all(
+        same_batch(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s.batches, t.batches, strict=True)
+    )
+
+
+def test_each_row_comes_once_per_epoch(text_rows: Rows, text_format: ChatFormat) -> None:
+    data = loader(text_rows, text_format)
+    assert data.steps_per_epoch == 3
+    steps = list(data.iterate(0, 6))
+    assert [step.step for step in steps] == list(range(6))
+    assert [len(names(step)) for step in steps] == [4, 4, 2, 4, 4, 2]
+    every_row = {f"{text_rows.files[0][0]}:{i + 1}" for i in range(NUM_ROWS)}
+    epochs = [[name for step in steps[i : i + 3] for name in names(step)] for i in (0, 3)]
+    assert set(epochs[0]) == set(epochs[1]) == every_row
+    assert epochs[0] != epochs[1]
+
+
+def test_the_order_depends_on_the_seed_alone(text_rows: Rows, text_format: ChatFormat) -> None:
+    orders = [
+        [data.step_rows(step) for step in range(9)]
+        for data in (
+            loader(text_rows, text_format, seed=5),
+            loader(text_rows, text_format, seed=5),
+            loader(text_rows, text_format, seed=6),
+        )
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_the_order_is_this_one_for_ever(text_rows: Rows, text_format: ChatFormat) -> None:
+    """Another order would change the data of a run that is resumed after an upgrade."""
+    data = loader(text_rows, text_format, seed=0)
+    assert [data.step_rows(step) for step in range(4)] == [[4, 6, 2, 7], [3, 5, 9, 0], [8, 1], [9, 1, 3, 8]]
+
+
+def test_without_shuffling_rows_keep_the_order_of_the_file(text_rows: Rows, text_format: ChatFormat) -> None:
+    data = loader(text_rows, text_format, shuffle=False)
+    assert [data.step_rows(step) for step in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("first", [1, 3, 5])
+def test_resuming_is_starting_at_another_step(first: int, text_rows: Rows, text_format: ChatFormat) -> None:
+    whole = list(loader(text_rows, text_format).iterate(0, 6))
+    assert same_steps(list(loader(text_rows, text_format).iterate(first, 6)), whole[first:])
+
+
+def test_rows_of_like_length_share_a_micro_batch(text_rows: Rows, text_format: ChatFormat) -> None:
+    for step in loader(text_rows, text_format).iterate(0, 3):
+        lengths = [int((ids >= 0).sum()) for batch in step.batches for ids in batch.document_ids]
+        assert lengths == sorted(lengths, reverse=True)
+        assert sum(lengths) == sum(batch.num_input_tokens for batch in step.batches)
+
+
+def test_workers_change_nothing(mixed_rows: Rows, chat_format: ChatFormat) -> None:
+    alone = list(loader(mixed_rows, chat_format).iterate(0, 4))
+    assert any(batch.media for step in alone for batch in step.batches)
+    assert same_steps(list(loader(mixed_rows, chat_format, num_workers=2).iterate(0, 4)), alone)
+
+
+def test_workers_print_nothing(
+    mixed_rows: Rows, chat_format: ChatFormat, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    chat_format.processor.tokenizer(["a", "b"])  # after this, a fork makes tokenizers warn
+    list(loader(mixed_rows, chat_format, num_workers=2).iterate(0, 2))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_workers_reach_the_user(num_workers: int, tmp_path: Path, text_format: ChatFormat) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', encoding="utf-8")
+    data = loader(open_rows([path]), text_format, num_workers)
+    with pytest.raises(DataError) as error:
+        list(data.iterate(0, 1))
+    assert str(error.value) == (
+        f'{path}:2: the keys are prompt. A row needs "messages" (a list of role and content), or '
+        '"prompt" and '
+        '"completion".'
+    )
+
+
+def test_dropped_rows_are_counted(tmp_path: Path, text_format: ChatFormat) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ["what?", "what " * 80, "what?", "what " * 90])
+    (step,) = loader(rows, text_format).iterate(0, 1)
+    assert step.dropped == Counter({"no target token": 2})
+    assert sorted(names(step)) == [f"{tmp_path}/rows.jsonl:1", f"{tmp_path}/rows.jsonl:3"]
+
+
+def test_a_step_without_target_token_is_an_error(tmp_path: Path, text_format: ChatFormat) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ["what " * 80] * 5)
+    with pytest.raises(DataError) as error:
+        list(loader(rows, text_format, shuffle=False).iterate(1, 2))
+    assert str(error.value) == (
+        "step 2 has no target token: all of its rows were dropped: no target token (1). The rows are "
+        f"{tmp_path}/rows.jsonl:5. Raise data.max_seq_len, or remove these rows."
+    )
+
+
+def test_a_scan_counts_every_row(mixed_rows: Rows, chat_format: ChatFormat) -> None:
+    scan = scan_rows(mixed_rows, chat_format, num_workers=1)
+    examples = [chat_format(mixed_rows[i]) for i in range(6)]
+    assert scan.lengths.tolist() == [len(example.input_ids) for example in examples]
+    assert scan.num_target_tokens == sum(example.num_target_tokens for example in examples)
+    assert (scan.num_rows, scan.num_examples, scan.num_images, scan.num_open_answers) == (6, 6, 2, 0)
+    assert [end > 0 for end in scan.images_ends] == [False, True, False, False, True, False]
+    assert (scan.dropped, scan.errors) == (Counter(), ())
+
+
+def test_a_scan_collects_faults_and_drops(tmp_path: Path, text_format: ChatFormat) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, ["what?", "what " * 80])
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "a", "completion": ""}\n{]\n')
+    scan = scan_rows(open_rows([path]), text_format)
+    assert scan.errors == (
+        f"{path}:3: message 1 (assistant) is empty. Give it a text, or remove the row.",
+        f"{path}:4: not valid JSON: Expecting property name enclosed in double quotes at column 2. "
+        "Each line must be "
+        "one JSON object.",
+    )
+    assert scan.dropped == Counter({"no target token": 1})
+    assert (scan.num_rows, len(scan.lengths), scan.num_examples) == (4, 2, 1)
+    assert scan.lengths[1] > 64
+    assert scan_rows(open_rows([path]), text_format, limit=2).num_rows == 2
+
+
+def test_a_scan_finds_answers_without_end_token(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], text_format: ChatFormat
+) -> None:
+    processor = load_processor(tiny_folder("llama"))
+    processor.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ';' }}{% endfor %}"
+    rows = write_rows(tmp_path / "rows.jsonl", ["what?", "and?"])
+    assert scan_rows(rows, ChatFormat(processor, frozenset(), 64, "truncate")).num_open_answers == 2
+    assert scan_rows(rows, text_format).num_open_answers == 0
