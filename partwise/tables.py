@@ -24,26 +24,19 @@ def format_count(count: int) -> str:
 
 def plan_table(plan: PartsPlan) -> Table:
     """What each part does in this run: mode, parameters, learning rate, adapters, tensors held back."""
-    table = Table(title="parts", title_justify="left", title_style="bold")
-    for name, justify in (
-        ("part", "left"),
-        ("mode", "left"),
-        ("parameters", "right"),
-        ("trainable", "right"),
-        ("layers", "right"),
-        ("learning rate", "right"),
-        ("module", "left"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table = Table()
+    for name in ("part", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in ("layers", "parameters", "trainable", "learning rate"):
+        table.add_column(name, justify="right")
     for part in plan.parts:
         table.add_row(
             part.part,
             Text(describe_mode(part), style=MODE_STYLES[part.mode]),
+            str(part.num_layers or "-"),
             format_count(part.num_parameters),
             format_count(part.num_trainable),
-            str(part.num_layers or "-"),
             "-" if part.mode == "frozen" else f"{part.learning_rate:g}",
-            ", ".join(part.module_paths),
         )
     return table
 

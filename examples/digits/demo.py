@@ -7,6 +7,7 @@ Every stage is a command that you could type; this file types them, then shows w
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -27,10 +28,10 @@ from partwise.model.tiny import write_tiny
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-HERE = Path(__file__).parent
+HERE = Path("examples/digits")
 FOLDER = Path("runs/digits")
 DIGIT_QUESTION = "Which digit is this?"
-BARS = " ▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇█"
 console = Console(highlight=False)
 
 
@@ -79,13 +80,13 @@ def fraction_right(records: list[dict], key: str) -> float:
 
 
 def show_loss(metrics: list[dict]) -> None:
-    """The training loss as one line of bars, first step to last."""
+    """The training loss as one line of bars on a logarithmic scale, first step to last."""
     losses = [line["loss"] for line in metrics if "loss" in line]
-    width = min(72, len(losses))
+    width = min(56, len(losses))
     bins = [losses[i * len(losses) // width : (i + 1) * len(losses) // width] for i in range(width)]
-    means = [sum(values) / len(values) for values in bins]
-    top = max(means)
-    bars = "".join(BARS[min(8, round(8 * mean / top))] for mean in means)
+    logs = [math.log(sum(values) / len(values)) for values in bins]
+    low, high = min(logs), max(logs)
+    bars = "".join(BARS[round((len(BARS) - 1) * (value - low) / (high - low))] for value in logs)
     console.print(f"loss {losses[0]:.2f} [cyan]{bars}[/cyan] {losses[-1]:.3f}")
 
 
@@ -136,15 +137,14 @@ def show_answers(records: list[dict]) -> None:
 
 
 def draw_picture(records: list[dict], metrics: list[dict], path: Path) -> None:
-    """Sixteen held-out scans with question, answer and truth, beside the loss."""
-    figure = plt.figure(figsize=(13, 5.6), layout="constrained")
+    """Fifteen held-out scans with question, answer and truth, beside the loss."""
+    figure = plt.figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
-    shown = [records[3 * i + i % 3] for i in range(16)]
-    for axis, record in zip(left.subplots(2, 8).flat, shown, strict=True):
+    shown = [records[3 * i + i % 3] for i in range(15)]
+    for axis, record in zip(left.subplots(3, 5).flat, shown, strict=True):
         axis.imshow(Image.open(record["image"]))
         correct = record["answer"] == record["truth"]
-        question = record["question"].replace(" this", "").replace("Is it ", "").replace(" larger", "larger")
-        axis.set_title(question, fontsize=7.5)
+        axis.set_title(record["question"], fontsize=7)
         label = record["answer"] if correct else f"{record['answer']} (truth {record['truth']})"
         axis.set_xlabel(label, fontsize=11, color="green" if correct else "red", fontweight="bold")
         axis.set_xticks([])
