@@ -1,0 +1,55 @@
+"""On a GPU: the same losses as on the CPU, and an update that the host does not wait for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from partwise.model.head import token_loss_sum
+from partwise.train.engine import peak_memory_bytes, pick_device
+from partwise.train.optim import Optimizer
+from partwise.train.step import model_inputs, read_outcomes, train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def train(tiny, parts, device: torch.device, steps: int = 4) -> list[float]:
+    tiny.model.to(device)
+    plan, config = tiny.plan(parts)
+    optimizer = Optimizer(tiny.model, plan, config.train, steps)
+    outcomes = [train_step(tiny.model, tiny.split([2, 2], step), optimizer, device) for step in range(steps)]
+    return [values.loss for values in read_outcomes(outcomes)]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava-next", "qwen2.5-vl"])
+def test_losses_are_those_of_the_cpu(family, open_tiny):
+    parts = {"projector": "full", "language_model": "full"}
+    device = pick_device()
+    assert device.type == "cuda"
+    on_gpu = train(open_tiny(family, (1, 0, 2, 1)), parts, device)
+    on_cpu = train(open_tiny(family, (1, 0, 2, 1)), parts, torch.device("cpu"))
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+    assert on_gpu[-1] < on_gpu[0]
+    assert peak_memory_bytes(device) > 0
+
+
+def test_the_host_waits_for_nothing_in_loss_and_update(open_tiny):
+    """The model's own forward may look at its masks; from the hidden states on, nothing is read back."""
+    device = pick_device()
+    tiny = open_tiny("llama", (0, 0, 0, 0), "bfloat16")
+    tiny.model.to(device)
+    plan, config = tiny.plan({"language_model": "full"})
+    optimizer = Optimizer(tiny.model, plan, config.train, 5)
+    train_step(tiny.model, tiny.split([2, 2]), optimizer, device)
+    batch = tiny.split([4], 1).batches[0]
+    hidden = tiny.model.base_model(**model_inputs(tiny.model, batch, device)).last_hidden_state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        token_loss_sum(hidden, batch.labels, tiny.model.get_output_embeddings()).backward()
+        norms = optimizer.step(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert norms["language_model"] > 0
