@@ -10,20 +10,18 @@ A token is a label if it holds any character of a trained answer: " red" after "
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from PIL import Image as PILImage
 from transformers import BatchFeature
 
-from partwise.data.images import decode_image
-from partwise.data.rows import count_images, row_name
+from partwise.data.rows import row_name
 from partwise.data.template import Span, chat_template, render, render_answers, special_tokens, tokenizer_of
+from partwise.data.tokens import check_control_tokens, control_pattern, run_processor
 from partwise.errors import ConfigError, DataError
-from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example, Text
+from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example
 
 DROP_REASONS = ("too long", "image would be cut", "no target token")
 
@@ -86,13 +84,13 @@ class ChatFormat:
         replacements = [r for sample in inputs.pop("text_replacement_offsets", []) for r in sample]
         input_ids = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask", None)
-        images = [overlap(offsets, r["new_span"]) for r in replacements]
-        is_image = torch.stack(images).any(0) if images else torch.zeros_like(input_ids, dtype=torch.bool)
-        is_answer = torch.zeros_like(is_image)
-        for span in answers:
-            is_answer |= overlap(offsets, expanded_span(span, replacements))
         is_media = torch.isin(input_ids, torch.tensor(sorted(self.media_token_ids), dtype=input_ids.dtype))
-        is_answer &= ~(is_image | is_media)
+        for replacement in replacements:
+            is_media[tokens_of(replacement["new_span"], offsets)] = True
+        is_answer = torch.zeros_like(is_media)
+        for span in answers:
+            is_answer[tokens_of(expanded_span(span, replacements), offsets)] = True
+        is_answer &= ~is_media
         is_answer[:1] = False
         num_tokens = len(input_ids)
         fields = {k: v for k, v in inputs.items() if tuple(v.shape) == (1, num_tokens)}
@@ -105,8 +103,8 @@ class ChatFormat:
             source=conversation.source,
             row=conversation.row,
         )
-        taken = (is_image | is_media).nonzero()
-        return Encoded(example, images_end=int(taken[-1]) + 1 if len(taken) else 0)
+        media_positions = is_media.nonzero()
+        return Encoded(example, images_end=int(media_positions[-1]) + 1 if len(media_positions) else 0)
 
     def fit(self, encoded: Encoded) -> Example | Dropped:
         """The example within max_seq_len: cut on the right, but never inside or before an image.
@@ -148,81 +146,6 @@ def prompt_inputs(processor: Any, conversation: Conversation) -> BatchFeature:
     )
 
 
-def control_pattern(processor: Any) -> re.Pattern[str]:
-    """Matches every string that the tokenizer or the processor reads as a control token."""
-    tokens = {*special_tokens(processor), *getattr(processor, "all_special_multimodal_tokens", ())}
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def check_control_tokens(conversation: Conversation, control: re.Pattern[str], row: str) -> None:
-    for i, message in enumerate(conversation.messages):
-        for content in message.contents:
-            match = control.search(content.text) if isinstance(content, Text) else None
-            if match:
-                raise DataError(
-                    f'{row}: the text of message {i} contains "{match.group()}", a control token of this '
-                    "model: it would be read as the end of a turn or as an image, not as text. Rewrite it."
-                )
-
-
-def run_processor(processor: Any, text: str, conversation: Conversation, row: str) -> dict[str, Any]:
-    """What the processor or tokenizer makes of the text and the images: tensors with one row, and offsets.
-
-    BOS comes from the template where it writes one, otherwise from the tokenizer if it adds one.
-    """
-    tokenizer = tokenizer_of(processor)
-    bos = tokenizer.bos_token
-    options = {
-        "add_special_tokens": not (bos and text.startswith(bos)),
-        "return_offsets_mapping": True,
-        "return_tensors": "pt",
-    }
-    pictures = [decode_image(image, row) for image in conversation.images]
-    if tokenizer is processor:
-        if pictures:
-            raise DataError(f"{row}: the row has images, but the model is a text model. Drop the images.")
-        return checked_bos(tokenizer, dict(tokenizer([text], **options)), row)
-    check_placeholders(processor, text, pictures, row)
-    try:
-        inputs = processor(
-            text=[text],
-            images=[pictures] if pictures else None,
-            return_text_replacement_offsets=True,
-            **options,
-        )
-    except ValueError as error:
-        raise DataError(
-            f"{row}: the model's processor refuses the row: {error}. Change or remove it."
-        ) from error
-    if pictures and not inputs.get("text_replacement_offsets"):
-        raise ConfigError(
-            f"model.path: {type(processor).__name__} does not tell where its image tokens stand, so the "
-            "answers cannot be found in rows with images. Use a model whose processor does."
-        )
-    return checked_bos(tokenizer, dict(inputs), row)
-
-
-def check_placeholders(processor: Any, text: str, pictures: Sequence[PILImage.Image], row: str) -> None:
-    """Raises: DataError where the template did not write one placeholder for each image."""
-    num_written = text.count(processor.image_token)
-    if num_written != len(pictures):
-        raise DataError(
-            f'{row}: the chat template wrote {num_written} "{processor.image_token}", the row has '
-            f"{count_images(len(pictures))}. Name a template in model.chat_template that writes them "
-            "in every role."
-        )
-
-
-def checked_bos(tokenizer: Any, inputs: dict[str, Any], row: str) -> dict[str, Any]:
-    bos = tokenizer.bos_token_id
-    if bos is not None and inputs["input_ids"][0, :2].tolist() == [bos, bos]:
-        raise DataError(
-            f"{row}: the text begins with two {tokenizer.bos_token}. Remove one from model.chat_template."
-        )
-    return inputs
-
-
 def expanded_span(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
     """The span after placeholders before it grew.
 
@@ -234,10 +157,14 @@ def expanded_span(span: Span, replacements: Sequence[dict[str, Any]]) -> Span:
     return start, end
 
 
-def overlap(offsets: torch.Tensor, span: Span) -> torch.Tensor:
-    """Which tokens hold any character of the span: (T,) bool from offsets (T, 2). Empty tokens hold none."""
+def tokens_of(span: Span, offsets: torch.Tensor) -> slice:
+    """From the first to the last token that holds any character of the span; offsets are (T, 2).
+
+    Tokens between them count, whatever their offsets: some tokenizers give white space none.
+    """
     start, end = span
-    return (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
+    held = ((offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])).nonzero()
+    return slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
 
 
 def truncate(example: Example, num_tokens: int) -> Example:

@@ -8,13 +8,13 @@ same and less of it is padding.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from partwise.data.chat import ChatFormat
@@ -103,11 +103,13 @@ def in_order(function: Callable[[int], Any], items: Sequence[int], num_workers: 
     if num_workers == 0:
         yield from map(function, items)
         return
-    # Tokenizers print a warning in each process that is forked after they have been used, unless this is set.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # One item ahead per worker: a step of images is large, and all workers are busy with that.
     loader = DataLoader(
-        _Results(function, items), batch_size=None, num_workers=num_workers, prefetch_factor=1
+        _Results(function, items),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=1,
+        generator=torch.Generator(),  # else it draws from the global one, which a resumed run must find alike
     )
     for result in loader:
         if isinstance(result, UserError):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image as PILImage
+from tokenizers.processors import ByteLevel
 
 from partwise.data.chat import ChatFormat, prompt_inputs
 from partwise.data.preview import preview_example
@@ -299,6 +300,14 @@ def test_a_template_without_end_token_trains_all_it_writes(chat_format: Callable
     form = chat_format("llama", template=template)
     example = form(talk("one?", "one"))
     assert trained_text(form, example) == " one\n"
+
+
+def test_white_space_without_offsets_is_trained(chat_format: Callable[..., ChatFormat]) -> None:
+    form = chat_format("llama", template=chat_format("llama").processor.chat_template)
+    form.processor.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    answer = "one  two\n\n   three"
+    example = form(talk("a?", answer))
+    assert trained_text(form, example) == answer + "<|eot_id|>"
 
 
 def test_bos_comes_once(chat_format: Callable[..., ChatFormat]) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from partwise.data.chat import ChatFormat
 from partwise.data.collate import collate
-from partwise.records import IGNORE_INDEX, Example
+from partwise.data.template import render
+from partwise.model.load import load_model_config, load_processor, media_token_ids
+from partwise.records import IGNORE_INDEX, Conversation, Example, Image, Message, Text
 
 
 def example(
@@ -58,3 +66,40 @@ def test_missing_patches_are_zeros_at_the_end() -> None:
     assert media["pixel_values"].shape == (2, 3, 3, 4, 4)
     assert media["pixel_values"][:, :, 0, 0, 0].tolist() == [[1.0, 1.0, 0.0], [2.0, 2.0, 2.0]]
     assert media["image_sizes"].tolist() == [[4, 8], [8, 8]]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "llava-next", "qwen2-vl", "qwen2.5-vl"])
+def test_a_batch_is_what_the_processor_makes_of_all_rows(
+    family: str, tiny_folder: Callable[[str], Path], make_image: Callable[..., PILImage.Image]
+) -> None:
+    folder = tiny_folder(family)
+    processor = load_processor(folder)
+    pictures = [make_image((56, 56)), make_image((112, 56), "blue"), make_image((112, 112), "green")]
+    contents = [
+        (Image(pictures[0], "a"), Text("What is this?")),
+        (Image(pictures[1], "b"), Text("And"), Image(pictures[2], "c"), Text("what are these?")),
+    ]
+    conversations = [
+        Conversation(
+            (Message("user", content, False), Message("assistant", (Text("A circle."),))), "a.jsonl", i
+        )
+        for i, content in enumerate(contents)
+    ]
+    chat_format = ChatFormat(processor, media_token_ids(load_model_config(folder), processor), 999, "error")
+    batch = collate(
+        [chat_format(conversation) for conversation in conversations], processor.tokenizer.pad_token_id
+    )
+    texts = [render(processor, conversation.messages, "") for conversation in conversations]
+    reference = processor(
+        text=texts,
+        images=[[image.source for image in conversation.images] for conversation in conversations],
+        add_special_tokens=not texts[0].startswith(processor.tokenizer.bos_token or "\0"),
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    ours = {"input_ids": batch.input_ids, "attention_mask": (batch.document_ids >= 0).long()}
+    ours |= batch.token_fields | batch.media
+    assert set(ours) == set(reference)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, reference[name]), name

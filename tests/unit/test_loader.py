@@ -150,6 +150,14 @@ def test_workers_change_nothing(mixed_rows: Rows, chat_format: ChatFormat) -> No
     assert same_steps(list(loader(mixed_rows, chat_format, num_workers=2).iterate(0, 4)), alone)
 
 
+def test_iterating_leaves_the_random_state_alone(text_rows: Rows, text_format: ChatFormat) -> None:
+    """Dropout after an evaluation or a resume would differ otherwise."""
+    for num_workers in (0, 1):
+        before = torch.get_rng_state()
+        list(loader(text_rows, text_format, num_workers).iterate(0, 2))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_workers_print_nothing(
     mixed_rows: Rows, chat_format: ChatFormat, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
