@@ -98,7 +98,21 @@ def write_model(folder: Path) -> None:
 def write_rows(folder: Path) -> None:
     """Chat rows with one noise image of 896 pixels and questions and answers of many lengths."""
     rng = np.random.default_rng(0)
-    words = "the image shows a red circle and two blue squares on the left of it".split()
+    words = [
+        "the",
+        "image",
+        "shows",
+        "a",
+        "red",
+        "circle",
+        "and",
+        "two",
+        "blue",
+        "squares",
+        "on",
+        "its",
+        "left",
+    ]
     for i in range(32):
         pixels = rng.integers(0, 256, size=(896, 896, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02d}.jpg", quality=80)

@@ -83,7 +83,7 @@ def preview(
     overrides: Overrides = None,
     row: Annotated[int, typer.Option("--row", min=0, help="Row of the training data, from 0.")] = 0,
 ) -> None:
-    """Show one row as the model sees it: rendered conversation, trained tokens coloured, images and counts."""
+    """Show one row as the model sees it: rendered, trained tokens coloured, images and counts."""
     from partwise import show
     from partwise.config import load_config
 

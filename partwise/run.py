@@ -21,7 +21,7 @@ from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.preflight import CHECKS, check_step, collect_findings, error_finding
 from partwise.records import Finding
-from partwise.tables import findings_table, held_lines, plan_table
+from partwise.tables import findings_text, held_lines, plan_table
 from partwise.train.checkpoint import newest_checkpoint, save_final
 from partwise.train.engine import seed_everything
 from partwise.train.job import Job
@@ -45,7 +45,7 @@ def check(config: Config, full: bool = False, console: Console | None = None) ->
             findings += check_step(job, open_model(job))
         except UserError as error:
             findings.append(error_finding("step", error))
-    console.print(findings_table(findings))
+    console.print(findings_text(findings), end="")
     return findings
 
 
@@ -93,7 +93,7 @@ def has_errors(findings: list[Finding]) -> bool:
 def refuse_errors(findings: list[Finding], console: Console) -> None:
     """Raises: TrainingError with the texts of all findings that are errors. Warnings are printed."""
     if warnings := [finding for finding in findings if finding.level == "warning"]:
-        console.print(findings_table(warnings))
+        console.print(findings_text(warnings), end="")
     if errors := [finding for finding in findings if finding.level == "error"]:
         texts = [" ".join(filter(None, (f.message + ".", f.where and f"({f.where})", f.fix))) for f in errors]
         raise TrainingError("the run does not start: " + " ".join(texts))

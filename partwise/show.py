@@ -63,7 +63,7 @@ def print_preview(config: Config, row: int, console: Console) -> None:
     job = Job(config)
     if row >= len(job.rows):
         raise DataError(
-            f"--row {row}: the training data has {len(job.rows)} rows, numbered from 0 to {len(job.rows) - 1}."
+            f"--row {row}: the training data has {len(job.rows)} rows. Choose 0 to {len(job.rows) - 1}."
         )
     conversation = job.rows[row]
     example = job.chat_format(conversation)

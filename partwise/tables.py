@@ -60,19 +60,17 @@ def held_lines(plan: PartsPlan) -> list[str]:
     return lines
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
-    """Errors first, then warnings, then what was looked at."""
-    table = Table(show_lines=False, box=None, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    table.add_column("check", no_wrap=True, style="bold")
-    table.add_column("finding")
+def findings_text(findings: Sequence[Finding]) -> Text:
+    """One paragraph per finding, errors first; paths stay whole, so that they can be copied."""
     order = list(LEVEL_STYLES)
+    text = Text()
     for finding in sorted(findings, key=lambda f: order.index(f.level)):
-        text = Text(finding.message)
+        level = "ok" if finding.level == "info" else finding.level
+        text.append(f"{level:<8}", style=LEVEL_STYLES[finding.level])
+        text.append(f"{finding.check}: ", style="bold").append(finding.message)
         if finding.where:
             text.append(f"  [{finding.where}]", style="dim")
         if finding.fix:
-            text.append(f"\n-> {finding.fix}", style="cyan")
-        level = "ok" if finding.level == "info" else finding.level
-        table.add_row(Text(level, style=LEVEL_STYLES[finding.level]), finding.check, text)
-    return table
+            text.append(f"\n        -> {finding.fix}", style="cyan")
+        text.append("\n")
+    return text

@@ -1,4 +1,4 @@
-"""The whole path once, on real images: train a tiny Gemma-3, export it, and ask it about scans it has not seen.
+"""The whole path once, on real images: train a tiny Gemma-3, export it, ask it about scans it has not seen.
 
 Every stage is a command that you could type; this file types them, then shows what was learned. Run it with
 `make demo`. It writes runs/digits/ and starts it afresh each time.
@@ -26,7 +26,7 @@ from partwise.model.parts import find_parts
 from partwise.model.tiny import write_tiny
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 HERE = Path("examples/digits")
 FOLDER = Path("runs/digits")

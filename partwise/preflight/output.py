@@ -24,7 +24,8 @@ def check_output(job: Job, max_rows: int | None) -> list[Finding]:
         raise ConfigError(f"{where}: output: {existing} is a file, not a folder. Choose another output.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{where}: output: {output} cannot be written: no permission in {existing}. Choose another output."
+            f"{where}: output: {output} cannot be written: no permission in {existing}. "
+            "Choose another output."
         )
     free = shutil.disk_usage(existing).free
     return [Finding("output", "info", f"{output} can be written, {free / 2**30:.1f} GiB free", where)]

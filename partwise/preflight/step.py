@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from partwise.model.load import LoadedModel
 from partwise.records import IGNORE_INDEX, Batch, Finding
@@ -23,7 +23,7 @@ LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def check_step(job: Job, loaded: LoadedModel) -> list[Finding]:
-    """Findings of one backward pass over the first step's micro-batches; weights, gradients and RNG are as before.
+    """Findings of one forward and backward pass; weights, gradients and random numbers are as before.
 
     Raises:
         DataError: no row of the first step can be used.
@@ -70,7 +70,7 @@ def check_loss(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Findi
         "step",
         "info",
         f"first loss {ours:.3f} on {batch.num_target_tokens} target tokens "
-        f"(a uniform guess is {math.log(model.get_output_embeddings().weight.shape[0]):.3f})",  # type: ignore[operator]
+        f"(a uniform guess is {math.log(model.get_output_embeddings().weight.shape[0]):.3f})",
         rows,
         values={"loss": ours, "reference_loss": reference},
     )
@@ -80,9 +80,7 @@ def reference_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -
     """Mean loss of the batch from the logits of the model's whole forward."""
     logits = model(**model_inputs(model, batch, device)).logits[:, :-1].float()
     labels = batch.labels[:, 1:].to(device)
-    total = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return total.item() / batch.num_target_tokens
 
 
@@ -108,8 +106,8 @@ def check_gradients(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[
             yield Finding(
                 "step",
                 "error",
-                f"no gradient reaches {len(missing)} of the {len(part.trainable)} tensors of {part.part} that "
-                f"the plan trains: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+                f"no gradient reaches {len(missing)} of the {len(part.trainable)} tensors of {part.part} "
+                f"that the plan trains: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
                 batch.rows[0],
                 "Freeze them with a layer range, or report the model family.",
             )

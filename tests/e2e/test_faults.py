@@ -28,7 +28,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 @pytest.mark.parametrize("language_model", ["full", "lora"])
 def test_a_killed_run_resumes_to_the_same_bits(toy, tmp_path, run_cli, environment, language_model) -> None:
     parts = {"projector": "full", "language_model": {"mode": language_model, "learning_rate": 1e-2}}
-    settings = dict(parts=parts, train__steps=24, train__save_every=5, train__warmup_steps=3)
+    settings = {"parts": parts, "train__steps": 24, "train__save_every": 5, "train__warmup_steps": 3}
     assert run_cli("train", toy.config(tmp_path / "whole", **settings)).code == 0
     config, run = toy.config(tmp_path / "killed", **settings), tmp_path / "killed/run"
     with subprocess.Popen(
@@ -90,7 +90,7 @@ BAD_CONFIGS = {
         ["-12:", "2 layers"],
     ),
     "a part it lacks": ({"parts": {"audio_tower": "full"}}, ["audio_tower", "vision_tower"]),
-    "engine": ({"engine": "zero3"}, ["zero3", "one device"]),
+    "engine": ({"engine": "zero3"}, ["zero3", "this version trains on one"]),
     "lora on a bare parameter": ({"parts": {"projector": "lora"}}, ["projector", "full"]),
 }
 
@@ -116,7 +116,7 @@ def row(content: str = "<image>What?", answer: str | None = "red", images: list[
 
 
 BAD_ROWS = {
-    "empty file": ("", ["rows.jsonl", "empty"]),
+    "empty file": ("", ["rows.jsonl", "no rows"]),
     "not JSON": ('{"messages": [', ["rows.jsonl:1"]),
     "no answer": (row("What?", None), ["rows.jsonl:1", "assistant"]),
     "missing image": (row(images=["gone.png"]), ["gone.png"]),
