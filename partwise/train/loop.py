@@ -61,10 +61,8 @@ def run_stage(
     first_step = load_checkpoint(resume_from, optimizer, manifest) if resume_from else 0
     set_train_mode(model, plan)
 
-    with (
-        MetricsLog(run_folder, first_step) as log,
-        ProgressLine(num_steps, first_step, console or Console()) as progress,
-    ):
+    log = MetricsLog(run_folder, first_step)
+    with ProgressLine(num_steps, first_step, console or Console()) as progress:
         pending = PendingSteps()
         for wait_seconds, step_data in timed(loader.iterate(first_step, num_steps)):
             seed_everything(train.seed, step_data.step + 1)

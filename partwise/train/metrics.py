@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,21 +19,26 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from partwise.errors import TrainingError
 from partwise.records import StepMetrics
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """RUN/metrics.jsonl, open for appending; lines of steps after `last_step` are dropped first."""
+    """RUN/metrics.jsonl, to append to; lines of steps after `last_step` are dropped first.
+
+    Raises:
+        TrainingError: the file cannot be written, here or for a later line.
+    """
 
     def __init__(self, run_folder: Path, last_step: int = 0) -> None:
-        path = run_folder / METRICS_FILE
+        self.path = run_folder / METRICS_FILE
         kept = [record for record in read_metrics(run_folder) if record["step"] <= last_step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
-        partial.replace(path)
-        self._file = path.open("a")
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with self._told():
+            partial.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+            partial.replace(self.path)
 
     def write_step(self, metrics: StepMetrics) -> None:
         self._write(asdict(metrics))
@@ -41,16 +47,18 @@ class MetricsLog:
         self._write({"step": step, "eval_loss": eval_loss})
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with self._told(), self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"cannot write {self.path}: {error}. Checkpoints are untouched: "
+                "free space or make the folder writable, then resume."
+            ) from error
 
 
 def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from io import StringIO
 
 import pytest
@@ -36,28 +37,45 @@ def make_metrics(step: int, **changes) -> StepMetrics:
 
 
 def test_each_line_is_on_disk_when_it_is_written(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.write_step(make_metrics(1, num_dropped={"too long": 2}))
-        record = json.loads((tmp_path / "metrics.jsonl").read_text())
-        assert record["loss"] == 2.0 and record["num_dropped"] == {"too long": 2}
-        assert record.keys() == {
-            "step", "epoch", "loss", "grad_norm", "grad_norms", "learning_rates", "num_input_tokens",
-            "num_target_tokens", "num_dropped", "step_seconds", "data_wait_seconds", "peak_memory_bytes",
-        }  # fmt: skip
-        log.write_eval(1, 1.5)
+    log = MetricsLog(tmp_path)
+    log.write_step(make_metrics(1, num_dropped={"too long": 2}))
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert record["loss"] == 2.0 and record["num_dropped"] == {"too long": 2}
+    assert record.keys() == {
+        "step", "epoch", "loss", "grad_norm", "grad_norms", "learning_rates", "num_input_tokens",
+        "num_target_tokens", "num_dropped", "step_seconds", "data_wait_seconds", "peak_memory_bytes",
+    }  # fmt: skip
+    log.write_eval(1, 1.5)
     assert list(read_metrics(tmp_path))[1] == {"step": 1, "eval_loss": 1.5}
 
 
 def test_resuming_drops_later_and_torn_lines(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        for step in (1, 2, 3):
-            log.write_step(make_metrics(step))
-        log.write_eval(3, 1.0)
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write_step(make_metrics(step))
+    log.write_eval(3, 1.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    with MetricsLog(tmp_path, last_step=2) as log:
-        log.write_step(make_metrics(3, loss=9.0))
+    log = MetricsLog(tmp_path, last_step=2)
+    log.write_step(make_metrics(3, loss=9.0))
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 2.0), (2, 1.0), (3, 9.0)]
+
+
+def test_a_full_disk_is_told(tmp_path):
+    log = MetricsLog(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(TrainingError) as caught:
+            log.write_step(make_metrics(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == (
+        f"cannot write {tmp_path}/metrics.jsonl: [Errno 27] File too large. Checkpoints are untouched: "
+        "free space or make the folder writable, then resume."
+    )
+    # What was cut off is not a record.
+    assert list(read_metrics(tmp_path)) == []
 
 
 def test_a_plain_line_per_step_where_there_is_no_terminal():
@@ -96,10 +114,10 @@ def test_smoothing_keeps_constants_and_follows_changes():
 def test_plot_of_two_runs(tmp_path):
     for name, scale in (("one", 1.0), ("two", 2.0)):
         (tmp_path / name).mkdir()
-        with MetricsLog(tmp_path / name) as log:
-            for step in range(1, 40):
-                log.write_step(make_metrics(step, loss=scale / step))
-            log.write_eval(39, scale)
+        log = MetricsLog(tmp_path / name)
+        for step in range(1, 40):
+            log.write_step(make_metrics(step, loss=scale / step))
+        log.write_eval(39, scale)
     path = plot_runs([tmp_path / "one", tmp_path / "two"])
     assert path == tmp_path / "one" / "plots" / "loss.png"
     both = Image.open(path).convert("RGB")
