@@ -51,11 +51,12 @@ def run_processor(processor: Any, text: str, conversation: Conversation, row: st
         "return_offsets_mapping": True,
         "return_tensors": "pt",
     }
+    check_bos(tokenizer, text, row)
     pictures = [decode_image(image, row) for image in conversation.images]
     if tokenizer is processor:
         if pictures:
             raise DataError(f"{row}: the row has images, but the model is a text model. Drop the images.")
-        return checked_bos(tokenizer, dict(tokenizer([text], **options)), row)
+        return dict(tokenizer([text], **options))
     check_placeholders(processor, text, pictures, row)
     try:
         inputs = processor(
@@ -73,7 +74,7 @@ def run_processor(processor: Any, text: str, conversation: Conversation, row: st
             f"model.path: {type(processor).__name__} does not tell where its image tokens stand, so the "
             "answers cannot be found in rows with images. Use a model whose processor does."
         )
-    return checked_bos(tokenizer, dict(inputs), row)
+    return dict(inputs)
 
 
 def check_placeholders(processor: Any, text: str, pictures: Sequence[PILImage.Image], row: str) -> None:
@@ -87,11 +88,14 @@ def check_placeholders(processor: Any, text: str, pictures: Sequence[PILImage.Im
         )
 
 
-def checked_bos(tokenizer: Any, inputs: dict[str, Any], row: str) -> dict[str, Any]:
-    """The same inputs. Raises: DataError where they begin with two BOS."""
-    bos = tokenizer.bos_token_id
-    if bos is not None and inputs["input_ids"][0, :2].tolist() == [bos, bos]:
+def check_bos(tokenizer: Any, text: str, row: str) -> None:
+    """Raises: DataError where the ids would begin with two BOS, or hold one that the template wrote later."""
+    bos = tokenizer.bos_token
+    if not bos or bos == tokenizer.eos_token:
+        return
+    if text.startswith(2 * bos):
+        raise DataError(f"{row}: the text begins with two {bos}. Remove one from model.chat_template.")
+    if bos in text and not text.startswith(bos):
         raise DataError(
-            f"{row}: the text begins with two {tokenizer.bos_token}. Remove one from model.chat_template."
+            f"{row}: the chat template writes {bos}, but not first. Move it in model.chat_template."
         )
-    return inputs

@@ -11,11 +11,13 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image as PILImage
 from tokenizers.processors import ByteLevel
+from transformers import LlavaProcessor
 
 from partwise.data.chat import ChatFormat, prompt_inputs
 from partwise.data.preview import preview_example
@@ -317,7 +319,14 @@ def test_bos_comes_once(chat_format: Callable[..., ChatFormat]) -> None:
         ids = form(talk("Hello!", "Hello!")).input_ids
         if bos is not None:
             assert (ids == bos).nonzero().tolist() == [[0]], family
-    form = chat_format("llama", template="{{ bos_token }}" + chat_format("llama").processor.chat_template)
+    template = chat_format("llama").processor.chat_template
+    with pytest.raises(DataError) as error:
+        chat_format("llama", template="chat: " + template)(talk("Hello!", "Hello!"))
+    assert str(error.value) == (
+        "train.jsonl:7: the chat template writes <|begin_of_text|>, but not first. Move it in "
+        "model.chat_template."
+    )
+    form = chat_format("llama", template="{{ bos_token }}" + template)
     with pytest.raises(DataError) as error:
         form(talk("Hello!", "Hello!"))
     assert str(error.value) == (
@@ -402,6 +411,35 @@ def test_control_tokens_in_a_text_are_refused(
             "this model: it would "
             "be read as the end of a turn or as an image, not as text. Rewrite it."
         )
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        ChatFormat(SimpleNamespace(chat_template="x", is_fast=False), frozenset(), 64, "truncate")
+    assert str(error.value) == (
+        "model.path: the model has only a slow tokenizer, which cannot tell where its tokens stand "
+        "in the text. "
+        "Add its tokenizer.json to the model folder."
+    )
+
+
+def test_a_processor_that_hides_its_image_tokens_is_refused(chat_format: Callable[..., ChatFormat]) -> None:
+    class Silent(LlavaProcessor):
+        def __call__(self, *args, **kwargs):
+            found = super().__call__(*args, **kwargs)
+            found.pop("text_replacement_offsets")
+            return found
+
+    form = chat_format("llava", template=chat_format("llava").processor.chat_template)
+    form.processor.__class__ = Silent
+    assert isinstance(form(talk("a?", "b")), Example)
+    with pytest.raises(ConfigError) as error:
+        form(talk((picture(), Text("?")), "b"))
+    assert str(error.value) == (
+        "model.path: Silent does not tell where its image tokens stand, so the answers cannot be "
+        "found in rows "
+        "with images. Use a model whose processor does."
+    )
 
 
 def test_images_for_a_text_model_are_refused(chat_format: Callable[..., ChatFormat]) -> None:
