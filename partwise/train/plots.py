@@ -70,11 +70,14 @@ def draw_run(loss_axes: Any, norm_axes: Any, run_folder: Path, color: str) -> No
 
 
 def smooth(values: Sequence[float], fraction: float = SMOOTHING_FRACTION) -> list[float]:
-    """Exponential moving average over about `fraction` of the values, without a bias to the first ones."""
-    decay = 1 - 1 / max(1.0, fraction * len(values))
-    smoothed, average, weight = [], 0.0, 0.0
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        smoothed.append(average / weight)
+    """Mean of each value and its neighbours on both sides, so that the line does not lag behind the values.
+
+    The window spans about `fraction` of them and narrows evenly towards both ends.
+    """
+    reach = round(fraction * len(values) / 2)
+    smoothed = []
+    for index in range(len(values)):
+        side = min(reach, index, len(values) - 1 - index)
+        window = values[index - side : index + side + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
