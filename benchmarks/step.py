@@ -8,6 +8,7 @@ first three. One JSON line per cell; a cell that fails says why.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ import torch
 import yaml
 from PIL import Image
 
-from partwise.model.tiny import write_tiny
+from partwise.tiny import write_tiny
 
 NUM_STEPS = 12
 NUM_WARMUP_STEPS = 3
@@ -38,7 +39,7 @@ GEMMA_3_4B = {
         "head_dim": 256,
         "query_pre_attn_scalar": 256,
         "sliding_window": 1024,
-        "sliding_window_pattern": 6,
+        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(34)],
         "initializer_range": 0.02,
     },
     "vision": {
@@ -182,8 +183,9 @@ def run_cell(name: str, folder: Path) -> dict:
 
 
 def git_commit() -> str:
+    """The commit that is measured; a copy of the tree without its history says so in PARTWISE_COMMIT."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() or os.environ.get("PARTWISE_COMMIT", "unknown")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")],
 ) -> None:
     """Draw the loss of one run, or of several over each other, to plots/loss.png of the first."""
-    from partwise.train.plots import plot_runs
+    from partwise.training.plots import plot_runs
 
     console().print(f"wrote {plot_runs(runs)}")
 
@@ -147,7 +147,7 @@ def tiny(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
 ) -> None:
     """Write a tiny random model of a family as a whole Hugging Face folder, for trying configs."""
-    from partwise.model.tiny import write_tiny
+    from partwise.tiny import write_tiny
 
     console().print(f"wrote {write_tiny(family, folder, seed=seed)}")
 

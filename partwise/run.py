@@ -22,11 +22,11 @@ from partwise.model.parts import apply_plan
 from partwise.preflight import CHECKS, check_step, collect_findings, error_finding
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
-from partwise.train.checkpoint import newest_checkpoint, save_final
-from partwise.train.engine import seed_everything
-from partwise.train.job import Job
-from partwise.train.loop import run_stage
-from partwise.train.plots import plot_runs
+from partwise.training.checkpoint import newest_checkpoint, save_final
+from partwise.training.engine import seed_everything
+from partwise.training.job import Job
+from partwise.training.loop import run_stage
+from partwise.training.plots import plot_runs
 
 # Keys that may differ between a run and its resumption: none of them changes what is learned.
 FREE_KEYS = ("data.num_workers", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last")

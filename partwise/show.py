@@ -15,7 +15,7 @@ from partwise.model.load import empty_model
 from partwise.model.parts import parts_table
 from partwise.records import Dropped
 from partwise.tables import format_count, held_lines, plan_table
-from partwise.train.job import Job
+from partwise.training.job import Job
 
 
 def print_parts(source: str, trust_remote_code: bool, console: Console) -> None:

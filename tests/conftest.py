@@ -29,7 +29,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
     def folder(family: str) -> Path:
         if family not in folders:
-            from partwise.model.tiny import write_tiny
+            from partwise.tiny import write_tiny
 
             folders[family] = write_tiny(family, tmp_path_factory.mktemp("tiny") / family)
         return folders[family]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from partwise.model.load import empty_model
 from partwise.model.parts import find_parts
-from partwise.model.tiny import write_tiny
+from partwise.tiny import write_tiny
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -15,7 +15,7 @@ from peft import PeftModel
 from partwise.config import ModelConfig
 from partwise.errors import CheckpointError
 from partwise.model.load import LoadedModel, load_model, load_processor
-from partwise.train.checkpoint import base_fingerprint, read_manifest
+from partwise.training.checkpoint import base_fingerprint, read_manifest
 
 
 def is_adapter(folder: Path) -> bool:

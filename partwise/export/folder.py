@@ -13,7 +13,7 @@ import torch
 from partwise.errors import CheckpointError
 from partwise.export.adapter import base_path, is_adapter, merge_adapter
 from partwise.model.load import load_model_config
-from partwise.train.checkpoint import read_manifest, write_manifest
+from partwise.training.checkpoint import read_manifest, write_manifest
 
 
 def final_folder(run: Path) -> Path:

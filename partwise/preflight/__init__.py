@@ -14,7 +14,7 @@ from partwise.preflight.plan import check_plan
 from partwise.preflight.rows import check_eval_rows, check_rows
 from partwise.preflight.step import check_step
 from partwise.records import Finding
-from partwise.train.job import Job
+from partwise.training.job import Job
 
 SAMPLE_ROWS = 256
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from partwise.errors import ConfigError
 from partwise.records import Finding
-from partwise.train.job import Job
+from partwise.training.job import Job
 
 
 def check_output(job: Job, max_rows: int | None) -> list[Finding]:

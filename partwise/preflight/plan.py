@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from partwise.records import Finding
 from partwise.tables import describe_mode, format_count, held_lines
-from partwise.train.job import Job
+from partwise.training.job import Job
 
 
 def check_plan(job: Job, max_rows: int | None) -> list[Finding]:

@@ -7,7 +7,7 @@ import numpy as np
 from partwise.data.scan import Scan, scan_rows
 from partwise.data.sources import Rows
 from partwise.records import Finding
-from partwise.train.job import Job
+from partwise.training.job import Job
 
 SHOWN_ERRORS = 3
 

@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from partwise.model.load import LoadedModel
 from partwise.records import IGNORE_INDEX, Batch, Finding
-from partwise.train.engine import restored_rng
-from partwise.train.job import Job
-from partwise.train.step import batch_loss_sum, model_inputs
+from partwise.training.engine import restored_rng
+from partwise.training.job import Job
+from partwise.training.step import batch_loss_sum, model_inputs
 
 # How far our loss may be from the one computed from the model's own logits, relative, by weight type.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

@@ -20,7 +20,7 @@ from partwise.export.adapter import is_adapter, open_adapter
 from partwise.export.folder import final_folder
 from partwise.model.load import LoadedModel, load_model
 from partwise.records import Conversation, Image, Message, Text
-from partwise.train.engine import pick_device
+from partwise.training.engine import pick_device
 
 
 def open_chat(folder: str | Path, dtype: str = "float32") -> LoadedModel:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from partwise import cli
-from partwise.model.tiny import write_tiny
+from partwise.tiny import write_tiny
 
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "yellow": (230, 220, 40)}
 QUESTION = "What color is the square?"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from partwise.train.checkpoint import newest_checkpoint
+from partwise.training.checkpoint import newest_checkpoint
 
 PARTWISE = Path(sys.executable).with_name("partwise")
 
@@ -169,7 +169,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(toy, tmp_path, environment) -> N
     code = (
         "import resource, signal, sys\n"
         "from partwise import cli\n"
-        "from partwise.train import loop\n"
+        "from partwise.training import loop\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "save = loop.save_checkpoint\n"
         "def save_then_fill(*arguments):\n"

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - the name everyone reads
 
 from partwise.records import IGNORE_INDEX
-from partwise.train.step import batch_loss_sum
+from partwise.training.step import batch_loss_sum
 
 FAMILIES = ("gemma3", "llava", "llava-next", "qwen2-vl", "qwen2.5-vl")
 ROWS = {"text": (0,) * 8, "image": (1,) * 8, "mixed": (0, 1, 2, 0, 1, 0, 0, 1)}

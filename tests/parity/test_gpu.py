@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from partwise.model.head import token_loss_sum
-from partwise.train.engine import peak_memory_bytes, pick_device
-from partwise.train.optim import Optimizer
-from partwise.train.step import model_inputs, read_outcomes, train_step
+from partwise.training.engine import peak_memory_bytes, pick_device
+from partwise.training.optim import Optimizer
+from partwise.training.step import model_inputs, read_outcomes, train_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from partwise.train.optim import Optimizer
-from partwise.train.step import batch_loss_sum, train_step
+from partwise.training.optim import Optimizer
+from partwise.training.step import batch_loss_sum, train_step
 
 CPU = torch.device("cpu")
 PARTS = {"projector": "full", "language_model": "full"}

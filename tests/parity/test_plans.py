@@ -9,8 +9,8 @@ import torch
 
 from partwise.errors import TrainingError
 from partwise.records import PartsPlan
-from partwise.train.optim import Optimizer
-from partwise.train.step import batch_loss_sum, read_outcomes, train_step
+from partwise.training.optim import Optimizer
+from partwise.training.step import batch_loss_sum, read_outcomes, train_step
 
 CPU = torch.device("cpu")
 LORA = {"mode": "lora", "lora_rank": 4}

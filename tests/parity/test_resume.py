@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from partwise.data.loader import StepLoader
-from partwise.train.checkpoint import newest_checkpoint
-from partwise.train.engine import seed_everything
-from partwise.train.loop import run_stage
+from partwise.training.checkpoint import newest_checkpoint
+from partwise.training.engine import seed_everything
+from partwise.training.loop import run_stage
 
 STEPS = 6
 CASES = {

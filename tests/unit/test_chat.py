@@ -23,8 +23,8 @@ from partwise.data.chat import ChatFormat, prompt_inputs
 from partwise.data.preview import preview_example
 from partwise.errors import ConfigError, DataError
 from partwise.model.load import load_model_config, load_processor, media_token_ids
-from partwise.model.tiny import FAMILIES, write_tiny
 from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example, Image, Message, Text
+from partwise.tiny import FAMILIES, write_tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT_FAMILIES = ("gemma3-text", "llama")

@@ -13,7 +13,7 @@ from partwise.config import Config, ModelConfig
 from partwise.errors import CheckpointError, TrainingError
 from partwise.model.load import load_model
 from partwise.model.parts import apply_plan, resolve_plan
-from partwise.train.checkpoint import (
+from partwise.training.checkpoint import (
     base_fingerprint,
     fingerprint_files,
     load_checkpoint,
@@ -25,7 +25,7 @@ from partwise.train.checkpoint import (
     save_final,
     stamp_manifest,
 )
-from partwise.train.optim import Optimizer
+from partwise.training.optim import Optimizer
 
 FULL = {"projector": "full", "language_model": "full"}
 LORA = {"projector": "full", "language_model": {"mode": "lora", "lora_rank": 4}}

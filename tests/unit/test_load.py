@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from partwise.config import ModelConfig
 from partwise.errors import CheckpointError, ConfigError
 from partwise.model.load import empty_model, load_model, load_model_config, load_processor
-from partwise.model.tiny import FAMILIES
+from partwise.tiny import FAMILIES
 
 SAME_MODEL = "Copy both from the same model."
 

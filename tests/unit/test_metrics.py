@@ -13,9 +13,9 @@ from rich.console import Console
 
 from partwise.errors import CheckpointError, TrainingError
 from partwise.records import StepMetrics
-from partwise.train.metrics import MetricsLog, ProgressLine, format_step, read_metrics
-from partwise.train.plots import plot_runs, smooth
-from partwise.train.step import StepOutcome, read_outcomes
+from partwise.training.metrics import MetricsLog, ProgressLine, format_step, read_metrics
+from partwise.training.plots import plot_runs, smooth
+from partwise.training.step import StepOutcome, read_outcomes
 
 
 def make_metrics(step: int, **changes) -> StepMetrics:

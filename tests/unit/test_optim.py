@@ -11,7 +11,7 @@ from torch import nn
 from partwise.config import TrainConfig
 from partwise.errors import CheckpointError, PlanError
 from partwise.records import PartPlan, PartsPlan
-from partwise.train.optim import Optimizer, learning_rate_factor
+from partwise.training.optim import Optimizer, learning_rate_factor
 
 
 class Model(nn.Module):

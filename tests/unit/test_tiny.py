@@ -21,7 +21,7 @@ from transformers import (
 from partwise.config import ModelConfig
 from partwise.errors import ConfigError
 from partwise.model.load import load_model, load_processor, media_token_ids
-from partwise.model.tiny import FAMILIES, write_tiny
+from partwise.tiny import FAMILIES, write_tiny
 
 TEXT_ONLY = ("gemma3-text", "llama")
 NEEDS_TORCHVISION = ("qwen2-vl", "qwen2.5-vl")
@@ -264,7 +264,7 @@ def test_same_seed_same_files(family, tiny_folder, tmp_path):
 
 
 def test_same_files_in_another_process(tiny_folder, tmp_path):
-    code = f"from partwise.model.tiny import write_tiny; write_tiny('gemma3', {str(tmp_path / 'there')!r})"
+    code = f"from partwise.tiny import write_tiny; write_tiny('gemma3', {str(tmp_path / 'there')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     first = tiny_folder("gemma3")
     names = sorted(file.name for file in first.iterdir())

@@ -2,7 +2,7 @@
 
 In: sizes where the defaults do not fit. Out: a `TinyModel`, built from the family's own transformers
 classes, with the structure that sets the family apart (sliding windows, tiles, grids, tied heads). Not
-done here: weights and files; model/tiny.py makes them.
+done here: weights and files; write.py makes them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 
 from partwise.errors import ConfigError
-from partwise.model.tokenizer import (
+from partwise.model.videoless import without_video
+from partwise.tiny.tokenizer import (
     GEMMA3_TOKENS,
     LLAMA3_TOKENS,
     MISTRAL_TOKENS,
@@ -59,7 +60,6 @@ from partwise.model.tokenizer import (
     SpecialTokens,
     build_tokenizer,
 )
-from partwise.model.videoless import without_video
 
 VOCAB_SIZE = 512
 INIT_STD = 0.05

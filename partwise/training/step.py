@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from partwise.errors import TrainingError
 from partwise.model.head import logit_softcap, token_loss_sum
 from partwise.records import Batch, StepData
-from partwise.train.optim import Optimizer
+from partwise.training.optim import Optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

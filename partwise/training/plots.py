@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from partwise.errors import CheckpointError
-from partwise.train.metrics import METRICS_FILE, read_metrics
+from partwise.training.metrics import METRICS_FILE, read_metrics
 
 # A run's smoothed line averages over about this fraction of its logged steps.
 SMOOTHING_FRACTION = 0.05

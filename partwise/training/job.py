@@ -17,7 +17,7 @@ from partwise.data.sources import Rows, open_rows
 from partwise.model.load import LoadedModel, empty_model, load_model, load_processor, media_token_ids
 from partwise.model.plan import resolve_plan
 from partwise.records import PartsPlan
-from partwise.train.engine import pick_device
+from partwise.training.engine import pick_device
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from partwise.errors import CheckpointError, TrainingError
 from partwise.model.parts import adapter_config, adapter_state
 from partwise.records import PartPlan, PartsPlan
-from partwise.train.optim import Optimizer
+from partwise.training.optim import Optimizer
 
 if TYPE_CHECKING:
     from partwise.model.load import LoadedModel

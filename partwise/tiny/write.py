@@ -18,8 +18,8 @@ import torch
 from transformers import Gemma3ForConditionalGeneration, GenerationConfig, PreTrainedModel
 
 from partwise.errors import ConfigError
-from partwise.model import recipes
-from partwise.model.recipes import INIT_STD, TinyModel
+from partwise.tiny import recipes
+from partwise.tiny.recipes import INIT_STD, TinyModel
 
 FAMILIES: dict[str, Callable[..., TinyModel]] = {
     "gemma3": recipes.gemma3,

@@ -18,17 +18,17 @@ from rich.console import Console
 from partwise.config import Config
 from partwise.model.parts import set_train_mode, verify_plan
 from partwise.records import PartsPlan, StepData, StepMetrics
-from partwise.train.checkpoint import (
+from partwise.training.checkpoint import (
     load_checkpoint,
     make_manifest,
     rotate_checkpoints,
     save_checkpoint,
     stamp_manifest,
 )
-from partwise.train.engine import peak_memory_bytes, seed_everything
-from partwise.train.metrics import MetricsLog, ProgressLine
-from partwise.train.optim import Optimizer
-from partwise.train.step import StepOutcome, evaluate_loss, read_outcomes, train_step
+from partwise.training.engine import peak_memory_bytes, seed_everything
+from partwise.training.metrics import MetricsLog, ProgressLine
+from partwise.training.optim import Optimizer
+from partwise.training.step import StepOutcome, evaluate_loss, read_outcomes, train_step
 
 if TYPE_CHECKING:
     from partwise.data.loader import StepLoader
