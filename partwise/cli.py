@@ -6,6 +6,7 @@ user are printed as one paragraph on stderr with exit code 1; a traceback is alw
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -154,6 +155,8 @@ def tiny(
 
 def main() -> None:
     """The entry point: user faults as text, exit code 1; an interrupt as 130."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except UserError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 BATCH_SIZE = 60
 
@@ -36,15 +37,9 @@ def read_questions(rows_file: Path) -> list[dict]:
     records = []
     for line in rows_file.read_text().splitlines():
         row = json.loads(line)
-        turns = row["messages"]
-        for user, assistant in zip(turns[::2], turns[1::2], strict=True):
-            records.append(
-                {
-                    "image": rows_file.parent / row["images"][0],
-                    "question": user["content"].removeprefix("<image>"),
-                    "truth": assistant["content"],
-                }
-            )
+        question, truth = (message["content"] for message in row["messages"])
+        image = rows_file.parent / row["images"][0]
+        records.append({"image": image, "question": question.removeprefix("<image>"), "truth": truth})
     return records
 
 
@@ -79,4 +74,5 @@ def ask(model, processor, records: list[dict], images: list[Path]) -> list[str]:
 if __name__ == "__main__":
     model_folder, rows_file, out = sys.argv[1:]
     torch.set_num_threads(1)
+    disable_progress_bar()
     Path(out).write_text(json.dumps(answer_all(model_folder, Path(rows_file)), indent=1))

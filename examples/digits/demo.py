@@ -20,6 +20,7 @@ from prepare import write_rows
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
 
 from partwise.model.load import empty_model
 from partwise.model.parts import find_parts
@@ -37,6 +38,7 @@ console = Console(highlight=False)
 
 def main() -> None:
     start = time.perf_counter()
+    disable_progress_bar()
     shutil.rmtree(FOLDER, ignore_errors=True)
     console.rule("data: scikit-learn's handwritten digits as chat rows")
     write_rows(FOLDER / "data")

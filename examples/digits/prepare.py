@@ -1,8 +1,8 @@
 """Handwritten digits as chat rows: scikit-learn's 1,797 real scans -> PNG files and JSON lines.
 
 The split is fixed by seed: 360 held-out scans, of which the training rows see no copy. The training images
-are slightly rotated, shifted and scaled copies of the other 1,437. Each row asks its questions in random
-order about one image.
+are slightly rotated, shifted and scaled copies of the other 1,437. A row asks one question about one
+image; of each held-out scan all three are asked.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 NUM_HELD_OUT = 360
-NUM_COPIES = 6000
+NUM_COPIES = 12000
 IMAGE_SIZE = 32
 QUESTIONS = {
     "Which digit is this?": str,
     "Is it odd or even?": lambda digit: "odd" if digit % 2 else "even",
     "Is it larger than five?": lambda digit: "yes" if digit > 5 else "no",
 }
+QUESTION_SHARES = (0.6, 0.2, 0.2)
 
 
 def write_rows(folder: Path, seed: int = 0) -> None:
@@ -32,25 +33,27 @@ def write_rows(folder: Path, seed: int = 0) -> None:
     order = rng.permutation(len(scans))
     held_out, train = order[:NUM_HELD_OUT], order[NUM_HELD_OUT:]
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    copies = [(f"train-{i:04d}", train[i % len(train)]) for i in range(NUM_COPIES)]
     rows = []
-    for name, index in copies:
+    for i in range(NUM_COPIES):
+        index = train[i % len(train)]
+        question = rng.choice(list(QUESTIONS), p=QUESTION_SHARES)
         image = distort(scans[index], rng)
-        rows.append(write_row(folder, name, image, int(digits[index]), rng.permutation(list(QUESTIONS))))
+        rows.append(write_row(folder, f"train-{i:05d}", image, int(digits[index]), str(question)))
     (folder / "train.jsonl").write_text("".join(rows))
     rows = [
-        write_row(folder, f"held-out-{i:03d}", enlarge(scans[index]), int(digits[index]), list(QUESTIONS))
+        write_row(folder, f"held-out-{i:03d}", enlarge(scans[index]), int(digits[index]), question)
         for i, index in enumerate(held_out)
+        for question in QUESTIONS
     ]
     (folder / "held_out.jsonl").write_text("".join(rows))
 
 
-def write_row(folder: Path, name: str, image: Image.Image, digit: int, questions: list[str]) -> str:
+def write_row(folder: Path, name: str, image: Image.Image, digit: int, question: str) -> str:
     image.save(folder / "images" / f"{name}.png")
-    messages = []
-    for number, question in enumerate(questions):
-        messages.append({"role": "user", "content": ("<image>" if number == 0 else "") + question})
-        messages.append({"role": "assistant", "content": QUESTIONS[question](digit)})
+    messages = [
+        {"role": "user", "content": f"<image>{question}"},
+        {"role": "assistant", "content": QUESTIONS[question](digit)},
+    ]
     return json.dumps({"messages": messages, "images": [f"images/{name}.png"]}) + "\n"
 
 

@@ -7,6 +7,7 @@ of image tokens is one "[image 1: 56x56 px, 16 tokens]". Nothing is printed here
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 from rich.text import Text
@@ -37,7 +38,9 @@ def preview_example(
     text = Text()
     for (is_media, is_trained), positions in runs:
         if is_media:
-            text.append(f"[image{next(sizes)}{len(positions)} tokens]", style=IMAGE_STYLE)
+            # The commonest id is the image's own token; begin and end marks stand beside it.
+            _, num_tokens = Counter(example.input_ids[positions].tolist()).most_common(1)[0]
+            text.append(f"[image{next(sizes)}{num_tokens} tokens]", style=IMAGE_STYLE)
         else:
             decoded = tokenizer.decode(example.input_ids[positions], clean_up_tokenization_spaces=False)
             text.append(decoded, style=TRAINED_STYLE if is_trained else "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from partwise.errors import UserError
-from partwise.preflight.output import check_output
+from partwise.preflight.output import check_disk, check_output
 from partwise.preflight.plan import check_plan
 from partwise.preflight.rows import check_eval_rows, check_rows
 from partwise.preflight.step import check_step
@@ -19,7 +19,7 @@ from partwise.training.job import Job
 SAMPLE_ROWS = 256
 
 Check = Callable[[Job, int | None], list[Finding]]
-CHECKS: list[Check] = [check_output, check_plan, check_rows, check_eval_rows]
+CHECKS: list[Check] = [check_output, check_plan, check_disk, check_rows, check_eval_rows]
 
 __all__ = ["CHECKS", "SAMPLE_ROWS", "check_step", "collect_findings", "error_finding"]
 

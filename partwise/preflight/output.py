@@ -1,4 +1,4 @@
-"""Can the run folder be written?"""
+"""Can the run folder be written, and does it fit on the disk?"""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
+from partwise.config import Config
 from partwise.errors import ConfigError
-from partwise.records import Finding
+from partwise.records import Finding, PartsPlan
+from partwise.training.checkpoint import is_adapter_run
 from partwise.training.job import Job
+
+GIB = 2**30
 
 
 def check_output(job: Job, max_rows: int | None) -> list[Finding]:
@@ -19,7 +23,7 @@ def check_output(job: Job, max_rows: int | None) -> list[Finding]:
     """
     output = Path(job.config.output)
     where = job.config.where("output")
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    existing = nearest_existing(output)
     if not existing.is_dir():
         raise ConfigError(f"{where}: output: {existing} is a file, not a folder. Choose another output.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -27,5 +31,34 @@ def check_output(job: Job, max_rows: int | None) -> list[Finding]:
             f"{where}: output: {output} cannot be written: no permission in {existing}. "
             "Choose another output."
         )
-    free = shutil.disk_usage(existing).free
-    return [Finding("output", "info", f"{output} can be written, {free / 2**30:.1f} GiB free", where)]
+    return [Finding("output", "info", f"{output} can be written", where)]
+
+
+def check_disk(job: Job, max_rows: int | None) -> list[Finding]:
+    """Final model and checkpoints fit into the free space. Sizes are estimated from the plan."""
+    output = Path(job.config.output)
+    needed = estimate_bytes(job.plan, job.config)
+    free = shutil.disk_usage(nearest_existing(output)).free
+    text = f"{output} will hold about {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free"
+    where = job.config.where("output")
+    if needed < free:
+        return [Finding("disk", "info", text, where)]
+    return [
+        Finding("disk", "error", text, where, "Free space, lower train.keep_last, or choose another output.")
+    ]
+
+
+def estimate_bytes(plan: PartsPlan, config: Config) -> int:
+    """Bytes of final/ and of the most checkpoints that exist at a time, the one being written included.
+
+    A checkpoint adds the optimizer's master and two moments, fp32 each, to the weights that final/ holds.
+    """
+    trainable = sum(part.num_trainable for part in plan.parts)
+    saved = trainable if is_adapter_run(plan) else sum(part.num_parameters for part in plan.parts)
+    num_checkpoints = config.train.keep_last + 1 if config.train.save_every else 0
+    weight_bytes = saved * {"bfloat16": 2, "float32": 4}[config.model.dtype]
+    return weight_bytes * (1 + num_checkpoints) + 12 * trainable * num_checkpoints
+
+
+def nearest_existing(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
