@@ -17,9 +17,11 @@ def check_rows(job: Job, max_rows: int | None) -> list[Finding]:
 
     Raises:
         DataError: a file is missing, empty or of an unknown format.
-        ConfigError: the model's template or tokenizer cannot make examples.
+        ConfigError: the model's template or tokenizer cannot make examples, or the warm-up takes all steps.
     """
-    return scan_findings(job, job.rows, max_rows, "data.train")
+    findings = scan_findings(job, job.rows, max_rows, "data.train")
+    text = f"{job.num_steps:,} optimizer steps, {job.loader.steps_per_epoch:,} in an epoch"
+    return [*findings, Finding("steps", "info", text)]
 
 
 def check_eval_rows(job: Job, max_rows: int | None) -> list[Finding]:

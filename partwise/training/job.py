@@ -14,6 +14,7 @@ from partwise.config import Config
 from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
+from partwise.errors import ConfigError
 from partwise.model.load import LoadedModel, empty_model, load_model, load_processor, media_token_ids
 from partwise.model.plan import resolve_plan
 from partwise.records import PartsPlan
@@ -91,10 +92,18 @@ class Job:
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps of the run. Raises: ConfigError when the warm-up would take all of them."""
         train = self.config.train
         if train.steps is not None:
             return train.steps
-        return max(1, math.ceil(train.epochs * self.loader.steps_per_epoch))
+        num_steps = math.ceil(train.epochs * self.loader.steps_per_epoch)
+        if train.warmup_steps >= num_steps:
+            raise ConfigError(
+                f"{self.config.where('train.warmup_steps')}: train.warmup_steps: {train.warmup_steps} leaves nothing "
+                f"of the {num_steps} steps that {len(self.rows)} rows make in train.epochs {train.epochs:g}. "
+                "Warm up for fewer steps."
+            )
+        return num_steps
 
     def load_model(self) -> LoadedModel:
         """The model with its weights on the device, before any plan is applied."""

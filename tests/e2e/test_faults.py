@@ -90,6 +90,10 @@ BAD_CONFIGS = {
         ["-12:", "2 layers"],
     ),
     "a part it lacks": ({"parts": {"audio_tower": "full"}}, ["audio_tower", "vision_tower"]),
+    "warm-up as long as the run": (
+        {"train": {"epochs": 2, "global_batch_size": 80, "micro_batch_size": 8, "warmup_steps": 4}},
+        ["leaves nothing of the 4 steps that 160 rows make in train.epochs 2"],
+    ),
     "engine": ({"engine": "zero3"}, ["zero3", "this version trains on one"]),
     "lora on a bare parameter": ({"parts": {"projector": "lora"}}, ["projector", "full"]),
 }
