@@ -22,6 +22,14 @@ def format_count(count: int) -> str:
     return str(count)
 
 
+def format_bytes(num_bytes: float) -> str:
+    """A size for reading, in powers of 1024: 8_600_159_000 -> "8.0 GiB"."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 2**10:.0f} KiB"
+
+
 def plan_table(plan: PartsPlan) -> Table:
     """What each part does in this run: mode, parameters, learning rate, adapters, tensors held back."""
     table = Table()

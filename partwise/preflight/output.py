@@ -9,10 +9,9 @@ from pathlib import Path
 from partwise.config import Config
 from partwise.errors import ConfigError
 from partwise.records import Finding, PartsPlan
+from partwise.tables import format_bytes
 from partwise.training.checkpoint import is_adapter_run
 from partwise.training.job import Job
-
-GIB = 2**30
 
 
 def check_output(job: Job, max_rows: int | None) -> list[Finding]:
@@ -39,7 +38,7 @@ def check_disk(job: Job, max_rows: int | None) -> list[Finding]:
     output = Path(job.config.output)
     needed = estimate_bytes(job.plan, job.config)
     free = shutil.disk_usage(nearest_existing(output)).free
-    text = f"{output} will hold about {needed / GIB:.1f} GiB; {free / GIB:.1f} GiB are free"
+    text = f"{output} will hold about {format_bytes(needed)}; {format_bytes(free)} are free"
     where = job.config.where("output")
     if needed < free:
         return [Finding("disk", "info", text, where)]

@@ -99,8 +99,8 @@ class Job:
         num_steps = math.ceil(train.epochs * self.loader.steps_per_epoch)
         if train.warmup_steps >= num_steps:
             raise ConfigError(
-                f"{self.config.where('train.warmup_steps')}: train.warmup_steps: {train.warmup_steps} leaves nothing "
-                f"of the {num_steps} steps that {len(self.rows)} rows make in train.epochs {train.epochs:g}. "
+                f"{self.config.where('train.warmup_steps')}: train.warmup_steps: {train.warmup_steps} leaves "
+                f"nothing of the {num_steps} steps that {len(self.rows)} rows make in train.epochs {train.epochs:g}. "
                 "Warm up for fewer steps."
             )
         return num_steps

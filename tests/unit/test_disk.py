@@ -43,4 +43,4 @@ def test_a_disk_that_is_too_small_is_an_error(job, monkeypatch) -> None:
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     (finding,) = output.check_disk(made, None)
     assert finding.level == "error"
-    assert "0.0 GiB are free" in finding.message and "train.keep_last" in finding.fix
+    assert "; 1 KiB are free" in finding.message and "train.keep_last" in finding.fix
