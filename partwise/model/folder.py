@@ -58,6 +58,12 @@ def find_model_folder(path: str | Path, with_weights: bool = False) -> Path:
         ) from error
 
 
+def model_name(path: str | Path) -> str:
+    """The hub name, or a folder's absolute path: a name that means the same model from any directory."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(path)
+
+
 def shorten(error: Exception | str, num_characters: int = 240) -> str:
     """A library's error as one sentence of at most about `num_characters`."""
     text = " ".join(str(error).split())
@@ -128,7 +134,8 @@ def check_config_file(folder: Path, trust_remote_code: bool) -> None:
     if not trust_remote_code:
         raise CheckpointError(
             f"{file}: the model type {model_type!r} is defined by Python code in the model folder. Read that "
-            "code, and if you trust it, set model.trust_remote_code: true."
+            "code, and if you trust it, set model.trust_remote_code: true, or give --trust-remote-code to a "
+            "command without a config."
         )
 
 

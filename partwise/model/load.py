@@ -36,6 +36,7 @@ from partwise.model.folder import (
     check_tokenizer_files,
     find_model_folder,
     has_processor_files,
+    model_name,
     read_json,
     shorten,
 )
@@ -51,11 +52,15 @@ SAME_MODEL = "Copy its files again from the model that it was made from."
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its processor (a tokenizer for text-only models) and the local folder they came from."""
+    """A model with its processor (a tokenizer for text-only models) and the local folder they came from.
+
+    `name` is how an adapter finds the model again from anywhere: the hub name, or the absolute folder.
+    """
 
     model: PreTrainedModel
     processor: ProcessorMixin | PreTrainedTokenizerBase
     path: str
+    name: str
 
 
 def load_model_config(path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -149,7 +154,7 @@ def load_model(settings: ModelConfig, device: str | torch.device = "cpu") -> Loa
     config = load_model_config(folder, settings.trust_remote_code)
     processor = load_processor(folder, settings.trust_remote_code, settings.chat_template)
     model = read_model(_auto_class(config, folder), folder, config, settings)
-    return LoadedModel(model.to(device), processor, str(folder))
+    return LoadedModel(model.to(device), processor, str(folder), model_name(settings.path))
 
 
 def _auto_class(config: PreTrainedConfig, folder: Path) -> Any:

@@ -129,7 +129,7 @@ def write_model(folder: Path, loaded: LoadedModel, plan: PartsPlan) -> None:
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        adapter_config(plan, str(loaded.path)).save_pretrained(folder)
+        adapter_config(plan, loaded.name).save_pretrained(folder)
     else:
         loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
@@ -223,7 +223,7 @@ def make_manifest(loaded: LoadedModel, plan: PartsPlan, data_files: Iterable[str
     return {
         "format": FORMAT,
         "kind": "adapter" if is_adapter_run(plan) else "full",
-        "base": {"path": str(loaded.path), "fingerprint": base_fingerprint(loaded.path)},
+        "base": {"path": loaded.name, "fingerprint": base_fingerprint(loaded.path)},
         "plan": {part.part: summarize_part(part) for part in plan.parts},
         "data": {"files": [str(file) for file in files], "fingerprint": fingerprint_files(files)},
         "versions": {name: version(name) for name in ("partwise", "torch", "transformers", "peft")},

@@ -197,7 +197,7 @@ def test_sharded_weights(copy_of, tiny_folder):
         (
             {"model_type": "gemma99", "auto_map": {"AutoConfig": "configuration.Gemma99"}},
             "'gemma99' is defined by Python code in the model folder. Read that code, and if you trust it, "
-            "set model.trust_remote_code: true.",
+            "set model.trust_remote_code: true, or give --trust-remote-code to a command without a config.",
         ),
         ({"hidden_size": "wide"}, "it makes no config: StrictDataclassFieldValidationError: "),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "its weights are quantised"),
@@ -266,8 +266,16 @@ def test_hub_names_fetch_weights_only_to_load_them(tiny_folder, monkeypatch):
 
     monkeypatch.setattr("partwise.model.folder.snapshot_download", snapshot)
     assert load_model_config("meta/llama").model_type == "llama"
-    assert load("meta/llama").path == str(tiny_folder("llama"))
+    loaded = load("meta/llama")
+    assert (loaded.path, loaded.name) == (str(tiny_folder("llama")), "meta/llama")
     assert asked == [("meta/llama", False), ("meta/llama", True)]
+
+
+def test_a_folder_has_one_name_from_everywhere(tiny_folder, monkeypatch):
+    folder = tiny_folder("llama")
+    for working, path in ((folder.parent, "llama"), (folder, "."), (folder, "../llama")):
+        monkeypatch.chdir(working)
+        assert load(path).name == str(folder.resolve())
 
 
 @pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "../a/b/c"])
