@@ -98,10 +98,10 @@ class Job:
             return train.steps
         num_steps = math.ceil(train.epochs * self.loader.steps_per_epoch)
         if train.warmup_steps >= num_steps:
+            where = self.config.where("train.warmup_steps")
             raise ConfigError(
-                f"{self.config.where('train.warmup_steps')}: train.warmup_steps: {train.warmup_steps} leaves "
-                f"nothing of the {num_steps} steps that {len(self.rows)} rows make in train.epochs {train.epochs:g}. "
-                "Warm up for fewer steps."
+                f"{where}: train.warmup_steps: {train.warmup_steps} leaves nothing of the {num_steps} steps "
+                f"that {len(self.rows)} rows make in train.epochs {train.epochs:g}. Warm up for fewer steps."
             )
         return num_steps
 

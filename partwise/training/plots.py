@@ -21,6 +21,7 @@ def plot_runs(run_folders: Sequence[Path]) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,6 +31,9 @@ def plot_runs(run_folders: Sequence[Path]) -> Path:
     loss_axes.set_ylabel("loss per target token (nats)")
     norm_axes.set_ylabel("gradient norm")
     norm_axes.set_yscale("log")
+    norm_axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    norm_axes.yaxis.set_major_formatter("{x:g}")
+    norm_axes.yaxis.set_minor_locator(NullLocator())
     norm_axes.set_xlabel("step")
     for axes in (loss_axes, norm_axes):
         axes.grid(alpha=0.25)
@@ -55,7 +59,11 @@ def draw_run(loss_axes: Any, norm_axes: Any, run_folder: Path, color: str) -> No
     name = run_folder.resolve().name
     numbers, losses = [record["step"] for record in steps], [record["loss"] for record in steps]
     loss_axes.plot(numbers, losses, color=color, alpha=0.25, linewidth=1)
-    loss_axes.plot(numbers, smooth(losses), color=color, linewidth=1.8, label=f"{name}: train, smoothed")
+    marker = "s" if len(steps) == 1 else ""
+    smoothed = smooth(losses)
+    loss_axes.plot(
+        numbers, smoothed, color=color, marker=marker, linewidth=1.8, label=f"{name}: train, smoothed"
+    )
     if evals:
         loss_axes.plot(
             [record["step"] for record in evals],
