@@ -30,6 +30,9 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=100.")
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that ships in the model folder.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as in the config's output.")]
 
 
@@ -70,7 +73,7 @@ def check(
 @app.command()
 def parts(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or a config file.")],
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print the parts of a model, without loading its weights; with a config, what each of them does."""
     from partwise import show
@@ -96,11 +99,12 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into the base weights.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write what a run trained as a folder that other tools load."""
     from partwise.export.folder import export_run
 
-    path = export_run(run, out, merge=merge)
+    path = export_run(run, out, merge=merge, trust_remote_code=trust_remote_code)
     console().print(f"wrote {path}")
 
 
@@ -112,11 +116,13 @@ def chat(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask once and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model; the answer streams."""
     from partwise.serve.chat import run_chat
 
-    run_chat(model, [str(path) for path in image or []], prompt, max_new_tokens)
+    images = [str(path) for path in image or []]
+    run_chat(model, images, prompt, max_new_tokens, trust_remote_code)
 
 
 @app.command()

@@ -6,7 +6,8 @@ fingerprint of its base; another base is an error, because it would load and ans
 
 from __future__ import annotations
 
-import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from peft import PeftModel
 
 from partwise.config import ModelConfig
 from partwise.errors import CheckpointError
+from partwise.model.folder import find_model_folder, read_json
 from partwise.model.load import LoadedModel, load_model, load_processor
 from partwise.training.checkpoint import base_fingerprint, read_manifest
 
@@ -22,42 +24,61 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def open_adapter(folder: Path, dtype: str = "bfloat16", device: str | torch.device = "cpu") -> LoadedModel:
+def open_adapter(
+    folder: Path,
+    dtype: str = "bfloat16",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """The base model with the adapter on it, in eval mode.
 
     Raises:
         CheckpointError: the base is missing, is another one, or the adapter's weights are incomplete.
     """
     base = base_path(folder)
-    loaded = load_model(ModelConfig(path=str(base), dtype=dtype), device=device)  # type: ignore[arg-type]
-    model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False).eval()
-    processor = load_processor(str(folder))
-    return LoadedModel(model=model, processor=processor, path=str(folder))
+    settings = ModelConfig(path=base, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    loaded = load_model(settings, device=device)
+    processor = load_processor(str(folder), trust_remote_code)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks for a property that transformers 5.23 warns of. Remove it when PEFT asks for
+        # is_activation_checkpointing.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False).eval()
+    return LoadedModel(model=model, processor=processor, path=str(folder), name=loaded.name)
 
 
-def merge_adapter(folder: Path) -> LoadedModel:
+def merge_adapter(folder: Path, trust_remote_code: bool = False) -> LoadedModel:
     """The base with the adapter merged in fp32 on the CPU, as a plain transformers model in fp32."""
-    loaded = open_adapter(folder, dtype="float32")
-    return LoadedModel(
-        model=loaded.model.merge_and_unload(safe_merge=True), processor=loaded.processor, path=str(folder)
-    )
+    loaded = open_adapter(folder, dtype="float32", trust_remote_code=trust_remote_code)
+    return replace(loaded, model=loaded.model.merge_and_unload(safe_merge=True))
 
 
 def base_path(folder: Path) -> str:
-    """The base model that an adapter folder names, compared with the fingerprint it was trained on."""
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    base = settings.get("base_model_name_or_path")
+    """The base model that an adapter folder names, compared with the fingerprint it was trained on.
+
+    Raises:
+        CheckpointError: no base is named, it cannot be found, or it is another one now.
+    """
+    file = folder / "adapter_config.json"
+    base = str(read_json(file).get("base_model_name_or_path") or "")
     if not base:
         raise CheckpointError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path is empty, so the base is unknown. "
+            f"{file}: base_model_name_or_path is empty, so the base is unknown. "
             "Write the base model's folder there."
         )
+    try:
+        found = base_fingerprint(find_model_folder(base, with_weights=True))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{file}: the base model {base} that it names is neither a folder here nor a hub model that can "
+            "be fetched. Put the base model there, or write where it is now as base_model_name_or_path."
+        ) from error
     manifest = read_manifest(folder)
     recorded = manifest["base"]["fingerprint"] if manifest else None
-    if recorded and Path(base).is_dir() and base_fingerprint(base) != recorded:
+    if recorded and found != recorded:
         raise CheckpointError(
             f"{folder}: the adapter was trained on another base than what {base} holds now "
-            f"(fingerprint {recorded[:12]}, found {base_fingerprint(base)[:12]}). "
+            f"(fingerprint {recorded[:12]}, found {found[:12]}). "
             "Put the original base model back at that path."
         )
-    return str(base)
+    return base

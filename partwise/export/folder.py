@@ -25,15 +25,21 @@ def final_folder(run: Path) -> Path:
     for folder in (run / "final", run):
         if (folder / "config.json").is_file() or is_adapter(folder):
             return folder
-    state = "has no final/ yet" if run.is_dir() else "does not exist"
+    if not run.is_dir():
+        state = "is a file, not a folder" if run.exists() else "does not exist"
+        raise CheckpointError(
+            f"{run} {state}. Give the output folder of a run, or a model or adapter folder."
+        )
     raise CheckpointError(
-        f"{run} {state}. Give the output folder of a finished run, or finish it with "
-        "`partwise train CONFIG --resume`."
+        f"{run} has no final/ yet, and is no model itself. Give the output folder of a finished run, or "
+        "finish it with `partwise train CONFIG --resume`."
     )
 
 
-def export_run(run: Path, out: Path, merge: bool = False) -> Path:
+def export_run(run: Path, out: Path, merge: bool = False, trust_remote_code: bool = False) -> Path:
     """`out`, holding the run's final model; with `merge`, adapters are merged into the base in fp32.
+
+    `trust_remote_code` runs the base's own model code, which merging needs where the base has some.
 
     Raises:
         CheckpointError: `out` exists, the run has no final model, or there is nothing to merge.
@@ -50,7 +56,7 @@ def export_run(run: Path, out: Path, merge: bool = False) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if merge:
-            write_merged(source, partial)
+            write_merged(source, partial, trust_remote_code)
         else:
             shutil.copytree(source, partial)
         partial.rename(out)
@@ -61,13 +67,13 @@ def export_run(run: Path, out: Path, merge: bool = False) -> Path:
     return out
 
 
-def write_merged(source: Path, out: Path) -> None:
+def write_merged(source: Path, out: Path, trust_remote_code: bool = False) -> None:
     """The merged model in the base's dtype, with processor, generation config and lineage."""
     base = base_path(source)
-    merged = merge_adapter(source)
-    dtype = load_model_config(base).dtype or torch.float32
+    merged = merge_adapter(source, trust_remote_code)
+    dtype = load_model_config(base, trust_remote_code).dtype or torch.float32
     merged.model.to(dtype)
     merged.model.save_pretrained(out)
     merged.processor.save_pretrained(out)
     parent = read_manifest(source) or {}
-    write_manifest(out, {**parent, "kind": "merged", "merged_from": str(source)})
+    write_manifest(out, {**parent, "kind": "merged", "merged_from": str(source.resolve())})

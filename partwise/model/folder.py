@@ -32,6 +32,10 @@ VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+TRUST = (
+    "Read that code, and if you trust it, set model.trust_remote_code: true, or give --trust-remote-code to "
+    "a command without a config."
+)
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -80,6 +84,8 @@ def as_checkpoint_error(where: Path, what: str, way_out: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"{where}: {what}: it needs Python code in the folder. {TRUST}") from error
         raise CheckpointError(f"{where}: {what}: {shorten(error)} {way_out}") from error
 
 
@@ -133,9 +139,7 @@ def check_config_file(folder: Path, trust_remote_code: bool) -> None:
         )
     if not trust_remote_code:
         raise CheckpointError(
-            f"{file}: the model type {model_type!r} is defined by Python code in the model folder. Read that "
-            "code, and if you trust it, set model.trust_remote_code: true, or give --trust-remote-code to a "
-            "command without a config."
+            f"{file}: the model type {model_type!r} is defined by Python code in the model folder. {TRUST}"
         )
 
 

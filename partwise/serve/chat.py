@@ -5,6 +5,7 @@ In: a folder and a conversation. Out: the model's greedy answer through its own 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from partwise.records import Conversation, Image, Message, Text
 from partwise.training.engine import pick_device
 
 
-def open_chat(folder: str | Path, dtype: str = "float32") -> LoadedModel:
+def open_chat(folder: str | Path, dtype: str = "float32", trust_remote_code: bool = False) -> LoadedModel:
     """The model of a model, adapter or run folder on the device at hand, in eval mode.
 
     Raises:
@@ -33,8 +34,9 @@ def open_chat(folder: str | Path, dtype: str = "float32") -> LoadedModel:
     path = final_folder(Path(folder))
     dtype = "bfloat16" if device.type == "cuda" else dtype
     if is_adapter(path):
-        return open_adapter(path, dtype=dtype, device=device)
-    loaded = load_model(ModelConfig(path=str(path), dtype=dtype), device=device)  # type: ignore[arg-type]
+        return open_adapter(path, dtype, device, trust_remote_code)
+    settings = ModelConfig(path=str(path), dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    loaded = load_model(settings, device=device)
     loaded.model.eval()
     return loaded
 
@@ -68,15 +70,21 @@ def run_chat(
     image_paths: list[str],
     prompt: str | None,
     max_new_tokens: int,
+    trust_remote_code: bool = False,
     read: Callable[[str], str] = input,
 ) -> None:
     """Ask once with `prompt`, or talk until an empty line or end of input; images go with the first question.
+
+    In a talk, a question that cannot be asked is refused, and the talk goes on without it.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
         DataError: an image is missing, or the model takes none.
     """
-    loaded = open_chat(folder)
+    for path in image_paths:
+        if not Path(path).expanduser().is_file():
+            raise DataError(f"--image: there is no file {path} (from {Path.cwd()}). Correct the path.")
+    loaded = open_chat(folder, trust_remote_code=trust_remote_code)
     images = [parse_image(path, Path.cwd(), "--image") for path in image_paths]
     if images and not hasattr(loaded.processor, "image_processor"):
         raise DataError(f"--image: {folder} is a text model and takes no images. Leave --image out.")
@@ -85,8 +93,14 @@ def run_chat(
     question = prompt if prompt is not None else ask_user(read)
     while question:
         messages.append(user_message(question, images if not messages else []))
-        text = answer(loaded, messages, max_new_tokens, streamer)
-        messages.append(Message(role="assistant", contents=(Text(text),)))
+        try:
+            text = answer(loaded, messages, max_new_tokens, streamer)
+            messages.append(Message(role="assistant", contents=(Text(text),)))
+        except DataError as error:
+            if prompt is not None:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
         question = None if prompt is not None else ask_user(read)
 
 
@@ -94,6 +108,7 @@ def ask_user(read: Callable[[str], str]) -> str | None:
     try:
         return read("> ").strip() or None
     except EOFError:
+        print()
         return None
 
 

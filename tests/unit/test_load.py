@@ -211,6 +211,17 @@ def test_config_faults(values, text, copy_of):
     assert message.startswith(str(folder)) and text in message
 
 
+def test_a_tokenizer_with_code_of_its_own_asks_for_trust(copy_of):
+    folder = copy_of("llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text("raise RuntimeError('this code ran')")
+    assert refusal(folder).startswith(
+        f"{folder}: its tokenizer cannot be loaded: it needs Python code in the folder. Read that code, and "
+    )
+
+
 def test_config_file_missing_or_broken(copy_of):
     folder = copy_of("llama")
     (folder / "config.json").write_text("{")
