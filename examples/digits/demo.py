@@ -33,6 +33,7 @@ HERE = Path("examples/digits")
 FOLDER = Path("runs/digits")
 DIGIT_QUESTION = "Which digit is this?"
 BARS = "▁▂▃▄▅▆▇█"
+SHADES = " ░▒▓█"
 console = Console(highlight=False)
 
 
@@ -60,6 +61,7 @@ def main() -> None:
     metrics = [json.loads(line) for line in (FOLDER / "run/metrics.jsonl").read_text().splitlines()]
     show_loss(metrics)
     show_parts(metrics)
+    show_scans(records)
     show_answers(records)
     draw_picture(records, metrics, FOLDER / "demo.png")
     console.print(f"picture: {FOLDER / 'demo.png'}; {time.perf_counter() - start:.0f} s in all")
@@ -113,6 +115,23 @@ def show_parts(metrics: list[dict]) -> None:
 def path_matches(key: str, module_path: str) -> bool:
     """Whether a tensor of the file lies in a module; the file leaves out the leading "model."."""
     return key.startswith(module_path.removeprefix("model.") + ".") or key.startswith(module_path + ".")
+
+
+def show_scans(records: list[dict]) -> None:
+    """Four held-out scans drawn with characters, the model's answer and the truth below each."""
+    shown = [record for record in records if record["question"] == DIGIT_QUESTION][::80][:4]
+    drawings = [draw_scan(Path(record["image"])) for record in shown]
+    for lines in zip(*drawings, strict=True):
+        console.print("   ".join(lines))
+    captions = [f"answer {record['answer']}, truth {record['truth']}" for record in shown]
+    console.print("   ".join(f"{caption:^16}" for caption in captions))
+
+
+def draw_scan(path: Path) -> list[str]:
+    """The scan as 8 lines of 16 characters, one character for two pixels of the 8 by 8 original."""
+    pixels = Image.open(path).convert("L").resize((16, 8))
+    shades = "".join(SHADES[value * len(SHADES) // 256] for value in pixels.tobytes())
+    return [shades[i : i + 16] for i in range(0, len(shades), 16)]
 
 
 def show_answers(records: list[dict]) -> None:
