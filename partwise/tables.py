@@ -31,12 +31,15 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def plan_table(plan: PartsPlan) -> Table:
-    """What each part does in this run: mode, parameters, learning rate, adapters, tensors held back."""
+    """What each part does in this run: mode, parameters, learning rate, adapters, tensors held back.
+
+    Where 80 columns are too few, the mode's words wrap; names and numbers stay whole.
+    """
     table = Table()
-    for name in ("part", "mode"):
-        table.add_column(name, no_wrap=True)
-    for name in ("layers", "parameters", "trainable", "learning rate"):
-        table.add_column(name, justify="right")
+    table.add_column("part", no_wrap=True)
+    table.add_column("mode", min_width=8)
+    for name in ("layers", "parameters", "trainable", "learning\nrate"):
+        table.add_column(name, justify="right", no_wrap=True)
     for part in plan.parts:
         table.add_row(
             part.part,
@@ -64,7 +67,8 @@ def held_lines(plan: PartsPlan) -> list[str]:
         for reason in dict.fromkeys(part.held.values()):
             names = [name for name, why in part.held.items() if why == reason]
             shown = ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
-            lines.append(f"{part.part}: {len(names)} tensors stay frozen: {reason} ({shown})")
+            stay = "1 tensor stays" if len(names) == 1 else f"{len(names)} tensors stay"
+            lines.append(f"{part.part}: {stay} frozen: {reason} ({shown})")
     return lines
 
 

@@ -31,7 +31,9 @@ def collect_findings(job: Job, max_rows: int | None = SAMPLE_ROWS) -> list[Findi
         try:
             findings += check(job, max_rows)
         except UserError as error:
-            findings.append(error_finding(check.__name__, error))
+            # What one check could not open, the next ones cannot either: said once.
+            if all(finding.message != str(error) for finding in findings):
+                findings.append(error_finding(check.__name__, error))
     return findings
 
 

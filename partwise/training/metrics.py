@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from partwise.errors import TrainingError
 from partwise.records import StepMetrics
@@ -79,7 +80,9 @@ class ProgressLine:
         self.first_step = first_step
         self.console = console
         self.start = time.monotonic()
-        self._progress = Progress(BarColumn(), TextColumn("{task.description}"), console=console)
+        # Wraps in a narrow terminal: what stands at the end, such as the time left, stays in sight.
+        line = TextColumn("{task.description}", table_column=Column())
+        self._progress = Progress(BarColumn(bar_width=10), line, console=console)
         self._task = self._progress.add_task("starting", total=num_steps, completed=first_step)
 
     def __enter__(self) -> Self:

@@ -159,6 +159,8 @@ def test_a_model_folder_without_its_files_is_named(toy, tmp_path, run_cli) -> No
         assert done.code == 1
         assert str(folder) in done.err and "Traceback" not in done.err, done.err
         assert not (tmp_path / "run").exists()
+    checked = run_cli("check", toy.config(tmp_path, model__path=str(tmp_path / "without-config.json")))
+    assert checked.code == 1 and checked.out.count("has no config.json") == 1
 
 
 def test_an_unwritable_output_is_named(toy, tmp_path, run_cli) -> None:

@@ -99,6 +99,15 @@ def test_a_live_line_on_a_terminal():
     assert "loss 1.0000" in text and "\x1b[" in text
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_live_line_wraps_in_a_narrow_terminal(width):
+    console = Console(file=StringIO(), force_terminal=True, width=width, color_system=None)
+    with ProgressLine(10, 0, console) as progress:
+        progress.show_step(make_metrics(2))
+    text = " ".join(console.file.getvalue().split())
+    assert "loss 1.0000" in text and "left 0:00:00" in text and "\u2026" not in text
+
+
 def test_one_rate_is_shown_without_part_names():
     line = format_step(make_metrics(2, learning_rates={"projector": 1e-4, "language_model": 1e-4}), 10, 75.0)
     assert "  lr 1.00e-04  " in line and line.endswith("left 0:01:15")
