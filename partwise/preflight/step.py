@@ -13,13 +13,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from partwise.model.load import LoadedModel
-from partwise.records import IGNORE_INDEX, Batch, Finding
+from partwise.records import IGNORE_INDEX, Batch, Finding, PartPlan
 from partwise.training.engine import restored_rng
 from partwise.training.job import Job
 from partwise.training.step import batch_loss_sum, model_inputs
 
 # How far our loss may be from the one computed from the model's own logits, relative, by weight type.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+# How many rows of text alone may come before the first image, where a part learns from images only.
+SEARCHED_ROWS = 10_000
 
 
 def check_step(job: Job, loaded: LoadedModel) -> list[Finding]:
@@ -39,9 +42,30 @@ def check_step(job: Job, loaded: LoadedModel) -> list[Finding]:
 
 
 def first_batch(job: Job) -> Batch:
-    """The first micro-batch of the run that holds an image, or else the first one."""
-    step_data = next(iter(job.loader.iterate(0, 1)))
-    return next((batch for batch in step_data.batches if batch.media), step_data.batches[0])
+    """The first micro-batch that holds an image, or else the first one.
+
+    Where only images reach a part that trains, it may be of a later step: rows with images may be rare.
+    """
+    num_steps = num_searched_steps(job) if any(reached_by_images(part) for part in job.plan.parts) else 1
+    return next(image_batches(job, num_steps), None) or job.loader.load_step(0).batches[0]
+
+
+def image_batches(job: Job, num_steps: int) -> Iterator[Batch]:
+    """The micro-batches with images in the first steps; steps of text rows are read, but not prepared."""
+    for step in range(num_steps):
+        if any(job.rows[row].images for row in job.loader.step_rows(step)):
+            yield from (batch for batch in job.loader.load_step(step).batches if batch.media)
+
+
+def num_searched_steps(job: Job) -> int:
+    """How many steps are searched for an image: at most the run, one epoch, or SEARCHED_ROWS."""
+    steps = math.ceil(SEARCHED_ROWS / job.config.train.global_batch_size)
+    return min(steps, job.num_steps, job.loader.steps_per_epoch)
+
+
+def reached_by_images(part: PartPlan) -> bool:
+    """Whether the part trains, and text alone gives it no gradient."""
+    return bool(part.trainable) and part.part != "language_model"
 
 
 def check_loss(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
@@ -93,12 +117,13 @@ def check_gradients(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[
     gradients = {name: p.grad for name, p in model.named_parameters()}
     for part in job.plan.parts:
         missing = [name for name in part.trainable if gradients.get(name) is None]
-        if missing and part.part != "language_model" and not batch.media:
+        if missing and reached_by_images(part) and not batch.media:
+            num_rows = min(num_searched_steps(job) * job.config.train.global_batch_size, len(job.rows))
             yield Finding(
                 "step",
                 "error",
-                f"{part.part} is set to train, but none of the rows of the first step has an image, so no "
-                "gradient can reach it",
+                f"{part.part} is set to train, but none of the {num_rows} rows that the run reads first has "
+                "an image that can be used, so no gradient can reach it",
                 batch.rows[0],
                 f"Give rows with images, or set parts.{part.part} to frozen.",
             )

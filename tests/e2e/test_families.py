@@ -17,6 +17,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from partwise.data.loader import epoch_order
 from partwise.model.load import load_processor
 from partwise.tiny import FAMILIES
 
@@ -171,6 +172,27 @@ def test_an_adapter_finds_its_base_from_another_directory(toy, tmp_path, run_cli
     lost = run_cli("chat", "run", "--prompt", "x")
     assert lost.code == 1
     assert "the base model gone/x that it names is neither a folder here nor a hub model" in lost.err
+
+
+def test_an_image_may_be_rare_among_text_rows(toy, tmp_path, run_cli) -> None:
+    """The image comes in step 5 of 8. A run that ends before it would leave the projector as it was."""
+    image_row = toy.train.read_text().splitlines()[0].replace("images/", f"{toy.train.parent}/images/")
+    lines = [json.dumps({"prompt": "Which color has grass?", "completion": "green"})] * 8
+    lines[epoch_order(8, seed=0, epoch=0)[4]] = image_row
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    config = toy.config(
+        tmp_path,
+        parts={"projector": "full"},
+        data__train=str(tmp_path / "rows.jsonl"),
+        train__steps=5,
+        train__global_batch_size=1,
+        train__micro_batch_size=1,
+    )
+    refused = run_cli("train", config, "train.steps=4")
+    assert refused.code == 1 and "none of the 4 rows that the run reads first has an image" in refused.err
+    assert run_cli("train", config).code == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["grad_norm"] > 0 for line in lines] == [False] * 4 + [True]
 
 
 def test_a_talk_goes_on_after_a_question_that_cannot_be_asked(tiny_folder, rows, capsys) -> None:
