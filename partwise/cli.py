@@ -57,15 +57,26 @@ def train(
 
 @app.command()
 def check(
-    config: ConfigPath,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML config file.")] = None,
     overrides: Overrides = None,
     full: Annotated[bool, typer.Option("--full", help="Read every row instead of a sample.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Id of a check; may repeat.")] = None,
+    skip: Annotated[list[str] | None, typer.Option("--skip", help="Id of a check; may repeat.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write the findings as JSON, too.")] = None,
+    list_checks: Annotated[bool, typer.Option("--list", help="Print the checks and their ids.")] = False,
 ) -> None:
     """Say whether this run will learn what its config says, without training."""
-    from partwise import run
+    from partwise import run, show
+
+    if list_checks:
+        show.print_checks(console())
+        return
+    if config is None:
+        raise UserError("check needs a config file, or --list. Write: partwise check CONFIG.")
     from partwise.config import load_config
 
-    findings = run.check(load_config(config, overrides or []), full=full, console=console())
+    settings = load_config(config, overrides or [])
+    findings = run.check(settings, full, only or (), skip or (), report, console())
     if run.has_errors(findings):
         raise typer.Exit(1)
 

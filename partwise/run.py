@@ -7,7 +7,7 @@ again is an error, or goes on from its newest whole checkpoint with resume.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from partwise.config import Config, dump_config, load_config
-from partwise.errors import CheckpointError, ConfigError, TrainingError, UserError
-from partwise.model.load import LoadedModel
-from partwise.model.memory import enable_gradient_checkpointing
-from partwise.model.parts import apply_plan
-from partwise.preflight import CHECKS, check_step, collect_findings, error_finding
+from partwise.errors import CheckpointError, ConfigError, TrainingError
+from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
 from partwise.training.checkpoint import newest_checkpoint, save_final
-from partwise.training.engine import seed_everything
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
@@ -34,17 +30,30 @@ CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
 
 
-def check(config: Config, full: bool = False, console: Console | None = None) -> list[Finding]:
-    """All findings, printed as a table; nothing is written. `full` reads every row instead of a sample."""
+def check(
+    config: Config,
+    full: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    report: Path | None = None,
+    console: Console | None = None,
+) -> list[Finding]:
+    """All findings, printed as paragraphs; nothing is written but `report`, a JSON file of the same content.
+
+    `full` reads every row instead of a sample; `only` and `skip` are ids of checks.
+
+    Raises:
+        ConfigError: an id is unknown, or the report cannot be written.
+    """
     console = console or Console(quiet=True)
-    job = Job(config)
-    findings = collect_findings(job, None if full else CHECKED_ROWS)
+    cheap, dear = select_checks(only, skip)
+    context = Context(Job(config), None if full else CHECKED_ROWS)
+    findings = collect_findings(context, cheap)
     if not has_errors(findings):
-        show_plan(job, console)
-        try:
-            findings += check_step(job, open_model(job))
-        except UserError as error:
-            findings.append(error_finding("step", error))
+        show_plan(context.job, console)
+        findings += collect_findings(context, dear)
+    if report:
+        write_report(report, findings)
     console.print(findings_text(findings), end="")
     return findings
 
@@ -59,14 +68,15 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
     job = Job(config)
     folder = Path(config.output)
     checkpoint = find_start(folder, config, resume)
-    findings = [finding for check in CHECKS for finding in check(job, CHECKED_ROWS_BEFORE_TRAINING)]
+    context = Context(job, CHECKED_ROWS_BEFORE_TRAINING)
+    findings = [finding for check in CHECKS for finding in check(context)]
     show_plan(job, console)
-    loaded = open_model(job)
-    findings += check_step(job, loaded)
+    findings += [finding for check in MODEL_CHECKS for finding in check(context)]
     refuse_errors(findings, console)
     write_run_folder(folder, job, findings)
     if checkpoint:
         console.print(f"resuming from {checkpoint}")
+    loaded = context.loaded
     manifest = run_stage(
         loaded, job.plan, config, job.loader, job.eval_loader, folder, job.num_steps, checkpoint, console
     )
@@ -74,20 +84,6 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
     plot_runs([folder])
     console.print(f"wrote {final}")
     return final
-
-
-def open_model(job: Job) -> LoadedModel:
-    """The model on its device with the plan applied. Adapters start from the config's seed."""
-    loaded = job.load_model()
-    seed_everything(job.config.train.seed)
-    apply_plan(loaded.model, job.plan)
-    if job.config.train.gradient_checkpointing:
-        enable_gradient_checkpointing(loaded.model, job.plan)
-    return loaded
-
-
-def has_errors(findings: list[Finding]) -> bool:
-    return any(finding.level == "error" for finding in findings)
 
 
 def refuse_errors(findings: list[Finding], console: Console) -> None:
@@ -155,6 +151,17 @@ def write_run_folder(folder: Path, job: Job, findings: list[Finding]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(job.config))
         (folder / "plan.json").write_text(json.dumps(asdict(job.plan), indent=2) + "\n")
-        (folder / "report.json").write_text(json.dumps([asdict(f) for f in findings], indent=2) + "\n")
+        (folder / "report.json").write_text(report_text(findings))
     except OSError as error:
         raise TrainingError(f"{folder} cannot be written: {error}. Choose another output.") from error
+
+
+def write_report(path: Path, findings: Sequence[Finding]) -> None:
+    try:
+        path.write_text(report_text(findings))
+    except OSError as error:
+        raise ConfigError(f"--report {path} cannot be written: {error}. Choose another file.") from error
+
+
+def report_text(findings: Sequence[Finding]) -> str:
+    return json.dumps([asdict(finding) for finding in findings], indent=2) + "\n"

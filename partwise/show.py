@@ -13,6 +13,7 @@ from partwise.data.rows import row_name
 from partwise.errors import DataError
 from partwise.model.load import empty_model
 from partwise.model.parts import parts_table
+from partwise.preflight import CHECKS, MODEL_CHECKS, check_id
 from partwise.records import Dropped
 from partwise.tables import format_count, held_lines, plan_table
 from partwise.training.job import Job
@@ -52,6 +53,13 @@ def print_plan(config: Config, console: Console) -> None:
     console.print(plan_table(plan))
     for line in held_lines(plan):
         console.print(line)
+
+
+def print_checks(console: Console) -> None:
+    """Every check: its id, and what it is about."""
+    for check in (*CHECKS, *MODEL_CHECKS):
+        about = (check.__doc__ or "").strip().splitlines()[0]
+        console.print(f"{check_id(check):<12} {about}")
 
 
 def print_preview(config: Config, row: int, console: Console) -> None:

@@ -1,41 +1,65 @@
 """Will this run learn what its config says? One file per kind of check, cheap ones first.
 
-A check takes the Job and returns Findings; a UserError that it meets is a finding, too. CHECKS need no
-weights; check_step runs one real step on the loaded model and leaves everything as it was.
+A check takes the Context and returns Findings; a UserError that it meets is a finding, too. CHECKS need no
+weights; MODEL_CHECKS run on the loaded model and leave everything as it was. A check's id is its name
+without "check_".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 
-from partwise.errors import UserError
+from partwise.errors import ConfigError, UserError
+from partwise.preflight.context import Context
 from partwise.preflight.output import check_disk, check_output
 from partwise.preflight.plan import check_plan
 from partwise.preflight.rows import check_eval_rows, check_rows
 from partwise.preflight.step import check_step
 from partwise.records import Finding
-from partwise.training.job import Job
 
-SAMPLE_ROWS = 256
-
-Check = Callable[[Job, int | None], list[Finding]]
+Check = Callable[[Context], list[Finding]]
 CHECKS: list[Check] = [check_output, check_plan, check_disk, check_rows, check_eval_rows]
+MODEL_CHECKS: list[Check] = [check_step]
 
-__all__ = ["CHECKS", "SAMPLE_ROWS", "check_step", "collect_findings", "error_finding"]
+__all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]
 
 
-def collect_findings(job: Job, max_rows: int | None = SAMPLE_ROWS) -> list[Finding]:
-    """Findings of all checks that need no weights; `max_rows` None reads every row."""
+def check_id(check: Check) -> str:
+    return check.__name__.removeprefix("check_").replace("_", "-")
+
+
+def select_checks(only: Iterable[str] = (), skip: Iterable[str] = ()) -> tuple[list[Check], list[Check]]:
+    """The checks without and with weights that `only` names, or all, less those that `skip` names.
+
+    Raises:
+        ConfigError: an id is unknown.
+    """
+    known = [check_id(check) for check in (*CHECKS, *MODEL_CHECKS)]
+    only, skip = list(only), list(skip)
+    for name in (*only, *skip):
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name!r} is not the id of a check.{hint} Known: {', '.join(known)}.")
+    wanted = set(only or known) - set(skip)
+    cheap, dear = (
+        [check for check in group if check_id(check) in wanted] for group in (CHECKS, MODEL_CHECKS)
+    )
+    return cheap, dear
+
+
+def collect_findings(context: Context, checks: Sequence[Check]) -> list[Finding]:
+    """Findings of the checks in their order; what several cannot open is said once."""
     findings: list[Finding] = []
-    for check in CHECKS:
+    for check in checks:
         try:
-            findings += check(job, max_rows)
+            findings += check(context)
         except UserError as error:
-            # What one check could not open, the next ones cannot either: said once.
             if all(finding.message != str(error) for finding in findings):
-                findings.append(error_finding(check.__name__, error))
+                findings.append(Finding(check_id(check), "error", str(error)))
     return findings
 
 
-def error_finding(check: str, error: UserError) -> Finding:
-    return Finding(check=check.removeprefix("check_"), level="error", message=str(error))
+def has_errors(findings: Iterable[Finding]) -> bool:
+    return any(finding.level == "error" for finding in findings)

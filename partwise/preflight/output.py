@@ -8,20 +8,20 @@ from pathlib import Path
 
 from partwise.config import Config
 from partwise.errors import ConfigError
+from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
 from partwise.tables import format_bytes
 from partwise.training.checkpoint import is_adapter_run
-from partwise.training.job import Job
 
 
-def check_output(job: Job, max_rows: int | None) -> list[Finding]:
+def check_output(context: Context) -> list[Finding]:
     """The output folder is writable, or can be made.
 
     Raises:
         ConfigError: it is a file, or its nearest existing parent cannot be written.
     """
-    output = Path(job.config.output)
-    where = job.config.where("output")
+    output = Path(context.config.output)
+    where = context.config.where("output")
     existing = nearest_existing(output)
     if not existing.is_dir():
         raise ConfigError(f"{where}: output: {existing} is a file, not a folder. Choose another output.")
@@ -33,13 +33,13 @@ def check_output(job: Job, max_rows: int | None) -> list[Finding]:
     return [Finding("output", "info", f"{output} can be written", where)]
 
 
-def check_disk(job: Job, max_rows: int | None) -> list[Finding]:
+def check_disk(context: Context) -> list[Finding]:
     """Final model and checkpoints fit into the free space. Sizes are estimated from the plan."""
-    output = Path(job.config.output)
-    needed = estimate_bytes(job.plan, job.config)
+    output = Path(context.config.output)
+    needed = estimate_bytes(context.job.plan, context.config)
     free = shutil.disk_usage(nearest_existing(output)).free
     text = f"{output} will hold about {format_bytes(needed)}; {format_bytes(free)} are free"
-    where = job.config.where("output")
+    where = context.config.where("output")
     if needed < free:
         return [Finding("disk", "info", text, where)]
     return [

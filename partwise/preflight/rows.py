@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from partwise.data.scan import Scan, scan_rows
-from partwise.data.sources import Rows
+from partwise.data.scan import Scan
+from partwise.preflight.context import Context
 from partwise.records import Finding
-from partwise.training.job import Job
 
 SHOWN_ERRORS = 3
 
 
-def check_rows(job: Job, max_rows: int | None) -> list[Finding]:
+def check_rows(context: Context) -> list[Finding]:
     """The training rows: how many can be used, their lengths, what is dropped and why.
 
     Raises:
         DataError: a file is missing, empty or of an unknown format.
         ConfigError: the model's template or tokenizer cannot make examples, or the warm-up takes all steps.
     """
-    findings = scan_findings(job, job.rows, max_rows, "data.train")
+    job = context.job
+    findings = scan_findings(context, context.train_scan, len(job.rows), "data.train")
     text = f"{job.num_steps:,} optimizer steps, {job.loader.steps_per_epoch:,} in an epoch"
     return [*findings, Finding("steps", "info", text)]
 
 
-def check_eval_rows(job: Job, max_rows: int | None) -> list[Finding]:
+def check_eval_rows(context: Context) -> list[Finding]:
     """The same for the evaluation rows, when there are any."""
-    return [] if job.eval_rows is None else scan_findings(job, job.eval_rows, max_rows, "data.eval")
+    scan, rows = context.eval_scan, context.job.eval_rows
+    return [] if scan is None or rows is None else scan_findings(context, scan, len(rows), "data.eval")
 
 
-def scan_findings(job: Job, rows: Rows, max_rows: int | None, key: str) -> list[Finding]:
-    scan = scan_rows(rows, job.chat_format, limit=max_rows, num_workers=job.config.data.num_workers)
-    where = job.config.where(key)
+def scan_findings(context: Context, scan: Scan, num_rows: int, key: str) -> list[Finding]:
+    where = context.config.where(key)
     name = key.replace(".", " ")
     findings = [Finding(name, "error", text) for text in scan.errors[:SHOWN_ERRORS]]
     if len(scan.errors) > SHOWN_ERRORS:
@@ -50,7 +50,7 @@ def scan_findings(job: Job, rows: Rows, max_rows: int | None, key: str) -> list[
         text = f"{scan.num_open_answers} of {scan.num_rows} rows read end without a trained end-of-turn token"
         fix = "The model would not learn to stop; use a chat template that closes the assistant's turn."
         findings.append(Finding(name, "warning", text, where, fix))
-    read = "all rows" if scan.num_rows == len(rows) else f"{scan.num_rows} of {len(rows):,} rows read"
+    read = "all rows" if scan.num_rows == num_rows else f"{scan.num_rows} of {num_rows:,} rows read"
     middle, longest = np.percentile(scan.lengths, [50, 100])
     text = (
         f"{read}: {scan.num_images} images, {middle:.0f} tokens in the middle and {longest:.0f} at most, "

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import cross_entropy
 
-from partwise.model.load import LoadedModel
+from partwise.preflight.context import Context
 from partwise.records import IGNORE_INDEX, Batch, Finding, PartPlan
 from partwise.training.engine import restored_rng
 from partwise.training.job import Job
@@ -25,13 +25,13 @@ LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 SEARCHED_ROWS = 10_000
 
 
-def check_step(job: Job, loaded: LoadedModel) -> list[Finding]:
+def check_step(context: Context) -> list[Finding]:
     """Findings of one forward and backward pass; weights, gradients and random numbers are as before.
 
     Raises:
         DataError: no row of the first step can be used.
     """
-    model = loaded.model
+    job, model = context.job, context.loaded.model
     with restored_rng():
         batch = first_batch(job)
         findings = [*check_loss(job, model, batch)]

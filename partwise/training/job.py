@@ -16,9 +16,11 @@ from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
 from partwise.errors import ConfigError
 from partwise.model.load import LoadedModel, empty_model, load_model, load_processor, media_token_ids
+from partwise.model.memory import enable_gradient_checkpointing
+from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
 from partwise.records import PartsPlan
-from partwise.training.engine import pick_device
+from partwise.training.engine import pick_device, seed_everything
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +107,11 @@ class Job:
             )
         return num_steps
 
-    def load_model(self) -> LoadedModel:
-        """The model with its weights on the device, before any plan is applied."""
-        return load_model(self.config.model, device=self.device)
+    def open_model(self) -> LoadedModel:
+        """The model on its device with the plan applied. Adapters start from the config's seed."""
+        loaded = load_model(self.config.model, device=self.device)
+        seed_everything(self.config.train.seed)
+        apply_plan(loaded.model, self.plan)
+        if self.config.train.gradient_checkpointing:
+            enable_gradient_checkpointing(loaded.model, self.plan)
+        return loaded

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from partwise.config import load_config
-from partwise.preflight import output
+from partwise.preflight import Context, output
 from partwise.training.job import Job
 
 
@@ -38,9 +38,9 @@ def test_an_adapter_run_holds_what_it_trained(job) -> None:
 
 def test_a_disk_that_is_too_small_is_an_error(job, monkeypatch) -> None:
     made = job("full")
-    assert output.check_disk(made, None)[0].level == "info"
+    assert output.check_disk(Context(made))[0].level == "info"
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
-    (finding,) = output.check_disk(made, None)
+    (finding,) = output.check_disk(Context(made))
     assert finding.level == "error"
     assert "; 1 KiB are free" in finding.message and "train.keep_last" in finding.fix

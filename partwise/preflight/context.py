@@ -1,0 +1,46 @@
+"""What the checks look at: the job, and what is dear to open, opened once for all of them.
+
+In: a Job and how many rows may be read. Out: scans of its rows and its model on the device, each made when
+the first check asks for it. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from partwise.config import Config
+from partwise.data.scan import Scan, scan_rows
+from partwise.data.sources import Rows
+from partwise.model.load import LoadedModel
+from partwise.training.job import Job
+
+
+class Context:
+    """`max_rows` None reads every row. `loaded` may be given when the caller has the model already."""
+
+    def __init__(self, job: Job, max_rows: int | None = None, loaded: LoadedModel | None = None) -> None:
+        self.job = job
+        self.max_rows = max_rows
+        if loaded is not None:
+            self.loaded = loaded
+
+    @property
+    def config(self) -> Config:
+        return self.job.config
+
+    @cached_property
+    def train_scan(self) -> Scan:
+        return self._scan(self.job.rows)
+
+    @cached_property
+    def eval_scan(self) -> Scan | None:
+        return None if self.job.eval_rows is None else self._scan(self.job.eval_rows)
+
+    def _scan(self, rows: Rows) -> Scan:
+        num_workers = self.job.config.data.num_workers
+        return scan_rows(rows, self.job.chat_format, limit=self.max_rows, num_workers=num_workers)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model on its device with the plan applied."""
+        return self.job.open_model()
