@@ -129,6 +129,20 @@ def test_check_prints_the_plan_and_writes_nothing(toy, tmp_path, run_cli) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_checks_are_chosen_by_id_and_reported_as_json(toy, tmp_path, run_cli) -> None:
+    config, report = toy.config(tmp_path), tmp_path / "report.json"
+    listed = run_cli("check", "--list").out
+    assert [line.split()[0] for line in listed.splitlines()][:2] == ["output", "plan"]
+    done = run_cli("check", config, "--only", "plan", "--only", "disk", "--skip", "disk", "--report", report)
+    assert done.code == 0, done.err
+    assert {finding["check"] for finding in json.loads(report.read_text())} == {"plan"}
+    assert "plan:" in done.out and "step:" not in done.out
+    unknown = run_cli("check", config, "--only", "plann")
+    assert unknown.code == 1 and "Did you mean plan?" in unknown.err
+    missing = run_cli("check")
+    assert missing.code == 1 and "check needs a config file" in missing.err
+
+
 def test_preview_shows_what_is_trained(toy, tmp_path, run_cli) -> None:
     done = run_cli("preview", toy.config(tmp_path), "--row", "1")
     assert done.code == 0, done.err
