@@ -6,11 +6,12 @@ In: a folder and a conversation. Out: the model's greedy answer through its own 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image as PILImage
 from transformers import TextStreamer
 
 from partwise.config import ModelConfig
@@ -20,7 +21,7 @@ from partwise.errors import DataError
 from partwise.export.adapter import is_adapter, open_adapter
 from partwise.export.folder import final_folder
 from partwise.model.load import LoadedModel, load_model
-from partwise.records import Conversation, Image, Message, Text
+from partwise.records import Conversation, Message, Text
 from partwise.training.engine import pick_device
 
 
@@ -61,8 +62,17 @@ def answer(
     return str(tokenizer_of(loaded).decode(tokens, skip_special_tokens=True)).strip()
 
 
-def user_message(text: str, images: list[Image]) -> Message:
-    return Message(role="user", contents=(*images, Text(text)))
+def user_message(text: str, images: Sequence[str | Path | bytes | PILImage.Image] = ()) -> Message:
+    """A user's turn: the images, then the text. Images are paths, data: URLs, bytes or PIL images.
+
+    Raises:
+        DataError: an image is none of these.
+    """
+    parsed = [
+        parse_image(str(image) if isinstance(image, Path) else image, Path.cwd(), f"images[{i}]")
+        for i, image in enumerate(images)
+    ]
+    return Message(role="user", contents=(*parsed, Text(text)))
 
 
 def run_chat(
@@ -82,17 +92,16 @@ def run_chat(
         DataError: an image is missing, or the model takes none.
     """
     for path in image_paths:
-        if not Path(path).expanduser().is_file():
+        if not Path(path).is_file():
             raise DataError(f"--image: there is no file {path} (from {Path.cwd()}). Correct the path.")
     loaded = open_chat(folder, trust_remote_code=trust_remote_code)
-    images = [parse_image(path, Path.cwd(), "--image") for path in image_paths]
-    if images and not hasattr(loaded.processor, "image_processor"):
+    if image_paths and not hasattr(loaded.processor, "image_processor"):
         raise DataError(f"--image: {folder} is a text model and takes no images. Leave --image out.")
     streamer = TextStreamer(tokenizer_of(loaded), skip_prompt=True, skip_special_tokens=True)
     messages: list[Message] = []
     question = prompt if prompt is not None else ask_user(read)
     while question:
-        messages.append(user_message(question, images if not messages else []))
+        messages.append(user_message(question, () if messages else image_paths))
         try:
             text = answer(loaded, messages, max_new_tokens, streamer)
             messages.append(Message(role="assistant", contents=(Text(text),)))
