@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import BatchFeature
 
+from partwise.data.images import Picture, decode_picture
 from partwise.data.rows import row_name
 from partwise.data.template import Span, chat_template, render, render_answers, special_tokens, tokenizer_of
 from partwise.data.tokens import check_control_tokens, control_pattern, run_processor
@@ -26,6 +27,7 @@ from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example
 DROP_REASONS = ("too long", "image would be cut", "no target token")
 
 Overlong = Literal["truncate", "drop", "error"]
+Rendered = tuple[str, list[Span]]
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,29 @@ class ChatFormat:
             DataError: an image cannot be read, the chat template or the processor refuses the row, or a text
                 holds one of the model's control tokens.
         """
+        return self.encode_rendered(conversation, self.render(conversation), read_pictures(conversation))
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """The conversation as text, and the spans of its answers.
+
+        Raises:
+            DataError: the chat template refuses the row, or a text holds one of the model's control tokens.
+        """
         row = row_name(conversation.source, conversation.row)
         check_control_tokens(conversation, self.control, row)
-        text, answers = render_answers(self.processor, conversation.messages, row, self.special_tokens)
-        inputs = run_processor(self.processor, text, conversation, row)
+        return render_answers(self.processor, conversation.messages, row, self.special_tokens)
+
+    def encode_rendered(
+        self, conversation: Conversation, rendered: Rendered, pictures: Sequence[Picture]
+    ) -> Encoded:
+        """What `encode` returns, from the steps before it.
+
+        Raises:
+            DataError: the processor refuses the row.
+        """
+        text, answers = rendered
+        row = row_name(conversation.source, conversation.row)
+        inputs = run_processor(self.processor, text, [picture.pixels for picture in pictures], row)
         offsets = inputs.pop("offset_mapping")[0]
         replacements = [r for sample in inputs.pop("text_replacement_offsets", []) for r in sample]
         input_ids = inputs.pop("input_ids")[0]
@@ -131,6 +152,12 @@ class ChatFormat:
         return example
 
 
+def read_pictures(conversation: Conversation) -> list[Picture]:
+    """The conversation's images, decoded. Raises: DataError where one is missing, broken or too large."""
+    row = row_name(conversation.source, conversation.row)
+    return [decode_picture(image, row) for image in conversation.images]
+
+
 def prompt_inputs(processor: Any, conversation: Conversation) -> BatchFeature:
     """The model's inputs for the next answer: tensors of one row, (1, T), and image inputs.
 
@@ -140,7 +167,8 @@ def prompt_inputs(processor: Any, conversation: Conversation) -> BatchFeature:
     row = row_name(conversation.source, conversation.row)
     check_control_tokens(conversation, control_pattern(processor), row)
     text = render(processor, conversation.messages, row, add_generation_prompt=True)
-    inputs = run_processor(processor, text, conversation, row)
+    pictures = [picture.pixels for picture in read_pictures(conversation)]
+    inputs = run_processor(processor, text, pictures, row)
     return BatchFeature(
         {k: v for k, v in inputs.items() if k not in ("offset_mapping", "text_replacement_offsets")}
     )

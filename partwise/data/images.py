@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,23 @@ from PIL import ImageOps, UnidentifiedImageError
 from partwise.errors import DataError
 from partwise.records import Image
 
+EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image, and whether its EXIF tag had it turned."""
+
+    pixels: PILImage.Image
+    is_turned: bool
+
 
 def decode_image(image: Image, row: str) -> PILImage.Image:
+    """The pixels of `decode_picture`."""
+    return decode_picture(image, row).pixels
+
+
+def decode_picture(image: Image, row: str) -> Picture:
     """The picture as RGB: turned upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
 
     Raises:
@@ -29,7 +45,9 @@ def decode_image(image: Image, row: str) -> PILImage.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            return _to_rgb(ImageOps.exif_transpose(_open(image, name)))
+            picture = _open(image, name)
+            is_turned = picture.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+            return Picture(_to_rgb(ImageOps.exif_transpose(picture)), is_turned)
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
         raise DataError(
             f"{name} has more than {PILImage.MAX_IMAGE_PIXELS} pixels. Scale it down before training."

@@ -1,111 +1,209 @@
 """Rows -> Scan: how long they are, what trains in them, which are dropped, and every row that is broken.
 
-In: rows and the ChatFormat of the run. Out: counts for `check`. Nothing is judged here: what is an error or
-a warning is for preflight to say.
+In: rows and the ChatFormat of the run. Out: facts for `check`, from one pass. Nothing is judged here: what is
+an error or a warning is for preflight to say.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from partwise.data.chat import ChatFormat
+from partwise.data.chat import ChatFormat, Encoded, read_pictures
+from partwise.data.images import Picture
 from partwise.data.loader import in_order
+from partwise.data.rows import row_name
 from partwise.data.template import tokenizer_of
 from partwise.errors import DataError
 from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example
 
+# Where a row failed: read from its file, written by the chat template, its images decoded, made tokens.
+Stage = Literal["format", "template", "images", "tokens"]
+
 
 @dataclass(frozen=True)
-class Scan:
-    """What a pass over rows found.
+class RowFault:
+    """Why a row cannot be used; `text` names the row."""
 
-    `lengths` are the tokens of each readable row before max_seq_len; `images_ends` (same rows) is the least
-    max_seq_len that keeps a row's images. `num_open_answers` counts examples whose last token is a label but
-    not a special token: they do not teach the model to stop. `errors` are the texts of unusable rows.
-    """
-
-    num_rows: int
-    num_images: int
-    num_target_tokens: int
-    num_open_answers: int
-    lengths: np.ndarray
-    images_ends: np.ndarray
-    dropped: Counter[str]
-    errors: tuple[str, ...]
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.lengths) - self.dropped.total()
+    stage: Stage
+    text: str
 
 
 @dataclass(frozen=True)
 class ScannedRow:
+    """One readable row. Lengths are in tokens, before max_seq_len; `dropped` is the reason, if any.
+
+    `images_end` is the least max_seq_len that keeps the images. `is_open`: no answer of the uncut row ends
+    in a special token. `num_image_tokens` are those of the images' own id, without marks around them;
+    `num_announced_tokens` is what the processor says it makes of such images, None where it cannot tell.
+    `digest` is equal for rows whose tokens, labels and image inputs are equal.
+    """
+
+    name: str
+    digest: bytes
     num_tokens: int
     images_end: int
-    num_images: int
     num_target_tokens: int
+    num_bos: int
+    num_image_tokens: int
+    num_announced_tokens: int | None
+    image_sizes: tuple[tuple[int, int], ...]
+    num_turned_images: int
     is_open: bool
+    is_cut: bool
     dropped: str | None
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over rows found: the readable rows in their order, and the faults of the others."""
+
+    rows: tuple[ScannedRow, ...]
+    faults: tuple[RowFault, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that were read, whether they can be used or not."""
+        return len(self.rows) + len(self.faults)
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.rows) - self.dropped.total()
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(row.image_sizes) for row in self.rows)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return sum(row.num_target_tokens for row in self.rows)
+
+    @property
+    def num_open_answers(self) -> int:
+        return sum(row.is_open for row in self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([row.num_tokens for row in self.rows], dtype=np.int64)
+
+    @property
+    def images_ends(self) -> np.ndarray:
+        return np.array([row.images_end for row in self.rows], dtype=np.int64)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        return Counter(row.dropped for row in self.rows if row.dropped)
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        return tuple(fault.text for fault in self.faults)
+
+    def faults_at(self, stage: Stage) -> list[str]:
+        return [fault.text for fault in self.faults if fault.stage == stage]
 
 
 def scan_rows(
     rows: Sequence[Conversation], chat_format: ChatFormat, limit: int | None = None, num_workers: int = 0
 ) -> Scan:
-    """Read and tokenise all rows, or `limit` of them spread evenly over the files, and count.
+    """Read and tokenise all rows, or `limit` of them spread evenly over the files.
 
-    No DataError is raised: each is a text in `errors`.
+    No DataError is raised: each is a fault of the scan.
     """
     indices: Sequence[int] = range(len(rows))
     if limit is not None and limit < len(rows):
         indices = np.linspace(0, len(rows) - 1, limit).astype(int).tolist()
     found = list(in_order(RowScan(rows, chat_format), indices, num_workers))
-    read = [result for result in found if isinstance(result, ScannedRow)]
     return Scan(
-        num_rows=len(found),
-        num_images=sum(row.num_images for row in read),
-        num_target_tokens=sum(row.num_target_tokens for row in read),
-        num_open_answers=sum(row.is_open for row in read),
-        lengths=np.array([row.num_tokens for row in read], dtype=np.int64),
-        images_ends=np.array([row.images_end for row in read], dtype=np.int64),
-        dropped=Counter(row.dropped for row in read if row.dropped),
-        errors=tuple(result for result in found if isinstance(result, str)),
+        rows=tuple(result for result in found if isinstance(result, ScannedRow)),
+        faults=tuple(result for result in found if isinstance(result, RowFault)),
     )
 
 
 class RowScan:
-    """index -> ScannedRow, or the text of the row's DataError."""
+    """index -> ScannedRow, or the RowFault that says why there is none."""
 
     def __init__(self, rows: Sequence[Conversation], chat_format: ChatFormat) -> None:
         self.rows = rows
         self.chat_format = chat_format
         tokenizer = tokenizer_of(chat_format.processor)
+        self.bos_token_id = tokenizer.bos_token_id
         self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(list(chat_format.special_tokens)))
 
-    def __call__(self, index: int) -> ScannedRow | str:
+    def __call__(self, index: int) -> ScannedRow | RowFault:
+        stage: Stage = "format"
         try:
             conversation = self.rows[index]
-            encoded = self.chat_format.encode(conversation)
+            stage = "template"
+            rendered = self.chat_format.render(conversation)
+            stage = "images"
+            pictures = read_pictures(conversation)
+            stage = "tokens"
+            encoded = self.chat_format.encode_rendered(conversation, rendered, pictures)
             result = self.chat_format.fit(encoded)
         except DataError as error:
-            return str(error)
-        dropped = result.reason if isinstance(result, Dropped) else None
-        is_open = isinstance(result, Example) and self._is_open(result, len(encoded.example.input_ids))
+            return RowFault(stage, str(error))
+        return self._facts(encoded, result, pictures)
+
+    def _facts(self, encoded: Encoded, result: Example | Dropped, pictures: list[Picture]) -> ScannedRow:
+        whole = encoded.example
+        kept = result if isinstance(result, Example) else None
+        is_cut = kept is not None and len(kept.input_ids) < len(whole.input_ids)
+        sizes = tuple(picture.pixels.size for picture in pictures)
         return ScannedRow(
-            num_tokens=len(encoded.example.input_ids),
+            name=row_name(whole.source, whole.row),
+            digest=example_digest(whole),
+            num_tokens=len(whole.input_ids),
             images_end=encoded.images_end,
-            num_images=len(conversation.images),
-            num_target_tokens=result.num_target_tokens if isinstance(result, Example) else 0,
-            is_open=is_open,
-            dropped=dropped,
+            num_target_tokens=kept.num_target_tokens if kept else 0,
+            num_bos=int((whole.input_ids == self.bos_token_id).sum()) if self.bos_token_id is not None else 0,
+            num_image_tokens=self._num_image_tokens(whole) if sizes else 0,
+            num_announced_tokens=num_announced_tokens(self.chat_format.processor, sizes),
+            image_sizes=sizes,
+            num_turned_images=sum(picture.is_turned for picture in pictures),
+            is_open=kept is not None and not is_cut and self._is_open(kept),
+            is_cut=is_cut,
+            dropped=result.reason if isinstance(result, Dropped) else None,
         )
 
-    def _is_open(self, example: Example, num_tokens: int) -> bool:
-        """Whether no answer of an uncut example ends in a special token."""
-        if len(example.input_ids) < num_tokens:
-            return False
+    def _num_image_tokens(self, example: Example) -> int:
+        """How often the commonest media id stands in the row: marks around images are rarer."""
+        ids = Counter(example.input_ids.tolist())
+        return max((ids[token] for token in self.chat_format.media_token_ids), default=0)
+
+    def _is_open(self, example: Example) -> bool:
         last_label = int(example.labels[example.labels != IGNORE_INDEX][-1])
         return last_label not in self.special_ids
+
+
+def example_digest(example: Example) -> bytes:
+    """16 bytes, equal for examples with the same tokens, labels and image inputs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in (
+        ("ids", example.input_ids),
+        ("labels", example.labels),
+        *sorted(example.media.items()),
+    ):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def num_announced_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> int | None:
+    """The image tokens that the processor says it makes of images of these (width, height).
+
+    None where there are no images, or where the processor has no such number.
+    """
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None or not sizes:
+        return None
+    try:
+        numbers = count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"]
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):
+        return None
+    return sum(numbers) if numbers else None

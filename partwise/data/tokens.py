@@ -1,7 +1,7 @@
 """Text and images -> the tensors that the model's own processor makes of them, in one call.
 
-In: the text that the chat template wrote, and the conversation that it stands for. Out: ids with their
-offsets in the text, and the image inputs. What would make the ids mean something else than the row is
+In: the text that the chat template wrote, and the row's decoded pictures. Out: ids with their offsets in
+the text, and the image inputs. What would make the ids mean something else than the row is
 refused: control tokens in a text, placeholders without an image, a second BOS. No labels are made here.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from partwise.data.images import decode_image
 from partwise.data.rows import count_images
 from partwise.data.template import special_tokens, tokenizer_of
 from partwise.errors import ConfigError, DataError
@@ -33,14 +32,17 @@ def check_control_tokens(conversation: Conversation, control: re.Pattern[str], r
         for content in message.contents:
             match = control.search(content.text) if isinstance(content, Text) else None
             if match:
+                at, around = match.start(), match.string[max(0, match.start() - 20) : match.end() + 20]
                 raise DataError(
-                    f'{row}: the text of message {i} contains "{match.group()}", a control token of this '
-                    "model: it would be read as the end of a turn or as an image, not as text. Rewrite it."
+                    f'{row}: the text of message {i} ({message.role}) contains "{match.group()}" at '
+                    f"character {at} ({around!r}), a control token of this model: it would be read as the "
+                    "end of a turn or as an image, not as text. Rewrite it, with a space inside for "
+                    "instance, or remove the row."
                 )
 
 
-def run_processor(processor: Any, text: str, conversation: Conversation, row: str) -> dict[str, Any]:
-    """What the processor or tokenizer makes of the text and the images: tensors with one row, and offsets.
+def run_processor(processor: Any, text: str, pictures: list[PILImage.Image], row: str) -> dict[str, Any]:
+    """What the processor or tokenizer makes of the text and the pictures: tensors with one row, and offsets.
 
     BOS comes from the template where it writes one, otherwise from the tokenizer if it adds one.
     """
@@ -52,7 +54,6 @@ def run_processor(processor: Any, text: str, conversation: Conversation, row: st
         "return_tensors": "pt",
     }
     check_bos(tokenizer, text, row)
-    pictures = [decode_image(image, row) for image in conversation.images]
     if tokenizer is processor:
         if pictures:
             raise DataError(f"{row}: the row has images, but the model is a text model. Drop the images.")

@@ -12,14 +12,30 @@ from difflib import get_close_matches
 
 from partwise.errors import ConfigError, UserError
 from partwise.preflight.context import Context
+from partwise.preflight.copies import check_duplicates, check_overlap
+from partwise.preflight.images import check_image_tokens, check_images
 from partwise.preflight.output import check_disk, check_output
 from partwise.preflight.plan import check_plan
-from partwise.preflight.rows import check_eval_rows, check_rows
+from partwise.preflight.rows import check_rows, check_targets, check_template
 from partwise.preflight.step import check_step
+from partwise.preflight.text import check_bos, check_end_of_turn, check_lengths, check_overlong
 from partwise.records import Finding
 
 Check = Callable[[Context], list[Finding]]
-CHECKS: list[Check] = [check_output, check_plan, check_disk, check_rows, check_eval_rows]
+ROW_CHECKS: list[Check] = [
+    check_rows,
+    check_template,
+    check_images,
+    check_image_tokens,
+    check_targets,
+    check_lengths,
+    check_overlong,
+    check_bos,
+    check_end_of_turn,
+    check_duplicates,
+    check_overlap,
+]
+CHECKS: list[Check] = [check_output, check_plan, check_disk, *ROW_CHECKS]
 MODEL_CHECKS: list[Check] = [check_step]
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]

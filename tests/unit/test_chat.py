@@ -403,13 +403,16 @@ def test_a_model_without_template_is_refused(chat_format: Callable[..., ChatForm
 def test_control_tokens_in_a_text_are_refused(
     family: str, token: str, chat_format: Callable[..., ChatFormat]
 ) -> None:
-    for turns, message in ((("a " + token, "b"), 0), (("a", f"b{token}c"), 1)):
+    for turns, place in (
+        (("a " + token, "b"), f"0 (user) contains \"{token}\" at character 2 ('a {token}')"),
+        (("a", f"b{token}c"), f"1 (assistant) contains \"{token}\" at character 1 ('b{token}c')"),
+    ):
         with pytest.raises(DataError) as error:
             chat_format(family)(talk(*turns))
         assert str(error.value) == (
-            f'train.jsonl:7: the text of message {message} contains "{token}", a control token of '
-            "this model: it would "
-            "be read as the end of a turn or as an image, not as text. Rewrite it."
+            f"train.jsonl:7: the text of message {place}, a control token of this model: it would be read "
+            "as the end of a turn or as an image, not as text. Rewrite it, with a space inside for "
+            "instance, or remove the row."
         )
 
 
