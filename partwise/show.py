@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +26,13 @@ def print_parts(source: str, trust_remote_code: bool, console: Console) -> None:
         print_plan(load_config(source), console)
         return
     model = empty_model(source, trust_remote_code)
-    table = Table(title=f"{source}: {type(model).__name__}", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"{source}: {type(model).__name__}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name in ("part", "module", "parameters", "dtype", "layers"):
         table.add_column(
             name, justify="right" if name in ("parameters", "layers") else "left", overflow="fold"
