@@ -115,14 +115,19 @@ def scan_rows(
 
     No DataError is raised: each is a fault of the scan.
     """
-    indices: Sequence[int] = range(len(rows))
-    if limit is not None and limit < len(rows):
-        indices = np.linspace(0, len(rows) - 1, limit).astype(int).tolist()
+    indices = scanned_indices(len(rows), limit)
     found = list(in_order(RowScan(rows, chat_format), indices, num_workers))
     return Scan(
         rows=tuple(result for result in found if isinstance(result, ScannedRow)),
         faults=tuple(result for result in found if isinstance(result, RowFault)),
     )
+
+
+def scanned_indices(num_rows: int, limit: int | None) -> Sequence[int]:
+    """All rows, or `limit` of them spread evenly; the order of a scan."""
+    if limit is None or limit >= num_rows:
+        return range(num_rows)
+    return np.linspace(0, num_rows - 1, limit).astype(int).tolist()
 
 
 class RowScan:

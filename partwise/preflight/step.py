@@ -1,103 +1,124 @@
-"""One real forward and backward pass, on the weights and rows of the run; nothing is changed by it.
+"""Real forward and backward passes on the weights and the longest rows of the run; nothing is changed.
 
-It proves that the loss is finite, that it is the model's own loss, and that gradients reach every trainable
-tensor and no other.
+In: a Context. Out: Findings: the loss is finite and the model's own, gradients reach every trainable tensor
+and no other, none runs through a frozen tower, and each part gives the dtype of the weights. Whether the
+loss is a good one is for loss.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from partwise.data.collate import collate
+from partwise.preflight.boundary import Crossings, watched
 from partwise.preflight.context import Context
+from partwise.preflight.probe import (
+    examples_at,
+    first_batch,
+    measuring,
+    num_searched_steps,
+    probe_batches,
+    reached_by_images,
+    untouched,
+    usable_rows,
+)
 from partwise.records import IGNORE_INDEX, Batch, Finding, PartPlan
-from partwise.training.engine import restored_rng
 from partwise.training.job import Job
 from partwise.training.step import batch_loss_sum, model_inputs
 
 # How far our loss may be from the one computed from the model's own logits, relative, by weight type.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
-# How many rows of text alone may come before the first image, where a part learns from images only.
-SEARCHED_ROWS = 10_000
+
+@dataclass
+class Gradients:
+    """What the backward passes of all probes left: names of tensors with a gradient, and of faulty ones."""
+
+    reached: set[str] = field(default_factory=set)
+    nonzero: set[str] = field(default_factory=set)
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def check_step(context: Context) -> list[Finding]:
-    """Findings of one forward and backward pass; weights, gradients and random numbers are as before.
+    """Findings of one step on the longest micro-batch, and where rows are mixed on text and on images alone.
 
     Raises:
-        DataError: no row of the first step can be used.
+        DataError: no row can be used.
     """
     job, model = context.job, context.loaded.model
-    with restored_rng():
-        batch = first_batch(job)
-        findings = [*check_loss(job, model, batch)]
-        if not any(finding.level == "error" for finding in findings):
-            findings += check_gradients(job, model, batch)
-        model.zero_grad(set_to_none=True)
+    findings = list(check_own_loss(job, model, reference_batch(context)))
+    if any(finding.level == "error" for finding in findings):
+        return findings
+    batches = probe_batches(context)
+    try:
+        gradients, crossings = run_probes(job, model, batches)
+    except torch.OutOfMemoryError:
+        batch = batches[0]
+        text = f"the longest micro-batch, {tuple(batch.input_ids.shape)} tokens, does not fit in memory"
+        fix = "Lower train.micro_batch_size or data.max_seq_len, or set train.gradient_checkpointing: true."
+        return [*findings, Finding("step", "error", text, batch_rows(batch), fix)]
+    findings += check_gradients(job, gradients, batches)
+    findings += check_crossings(job, crossings, model.dtype, batches[0])
     return findings
 
 
-def first_batch(job: Job) -> Batch:
-    """The first micro-batch that holds an image, or else the first one.
-
-    Where only images reach a part that trains, it may be of a later step: rows with images may be rare.
-    """
-    num_steps = num_searched_steps(job) if any(reached_by_images(part) for part in job.plan.parts) else 1
-    return next(image_batches(job, num_steps), None) or job.loader.load_step(0).batches[0]
-
-
-def image_batches(job: Job, num_steps: int) -> Iterator[Batch]:
-    """The micro-batches with images in the first steps; steps of text rows are read, but not prepared."""
-    for step in range(num_steps):
-        if any(job.rows[row].images for row in job.loader.step_rows(step)):
-            yield from (batch for batch in job.loader.load_step(step).batches if batch.media)
+def reference_batch(context: Context) -> Batch:
+    """The shortest row, with an image where one has any: whole logits of a long one may not fit in memory."""
+    rows, usable = context.train_scan.rows, usable_rows(context)
+    usable.sort(key=lambda i: (not rows[i].image_sizes, rows[i].num_tokens))
+    examples = examples_at(context, usable[:1])
+    return collate(examples, context.job.pad_token_id) if examples else first_batch(context.job)
 
 
-def num_searched_steps(job: Job) -> int:
-    """How many steps are searched for an image: at most the run, one epoch, or SEARCHED_ROWS."""
-    steps = math.ceil(SEARCHED_ROWS / job.config.train.global_batch_size)
-    return min(steps, job.num_steps, job.loader.steps_per_epoch)
+def run_probes(job: Job, model: torch.nn.Module, batches: Sequence[Batch]) -> tuple[Gradients, Crossings]:
+    """One backward pass per batch, as training makes it."""
+    gradients = Gradients()
+    with untouched(model), watched(model, job.plan) as crossings:
+        for batch in batches:
+            loss = batch_loss_sum(model, batch, job.device) / batch.num_target_tokens
+            # Text-only rows have no graph when only the vision side trains.
+            if loss.requires_grad:
+                loss.backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is None:
+                    continue
+                gradients.reached.add(name)
+                if not parameter.grad.isfinite().all():
+                    gradients.broken.setdefault(name, batch_rows(batch))
+                elif parameter.grad.any():
+                    gradients.nonzero.add(name)
+            model.zero_grad(set_to_none=True)
+    return gradients, crossings
 
 
-def reached_by_images(part: PartPlan) -> bool:
-    """Whether the part trains, and text alone gives it no gradient."""
-    return bool(part.trainable) and part.part != "language_model"
-
-
-def check_loss(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
+def check_own_loss(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
     """The loss is finite, and equal to cross-entropy on the logits that the model itself returns."""
-    with torch.no_grad():
+    with measuring(model):
         ours = batch_loss_sum(model, batch, job.device).item() / batch.num_target_tokens
         reference = reference_loss(model, batch, job.device)
-    rows = f"{batch.rows[0]} and {len(batch.rows) - 1} more rows" if len(batch.rows) > 1 else batch.rows[0]
+    rows = batch_rows(batch)
     if not math.isfinite(ours):
-        yield Finding(
-            "step", "error", f"the first loss is {ours}", rows, "Try model.dtype=float32; check the weights."
-        )
+        fix = "Try model.dtype=float32; check the weights."
+        yield Finding("step", "error", f"the first loss is {ours}", rows, fix)
         return
     tolerance = LOSS_TOLERANCE[next(model.parameters()).dtype]
     if abs(ours - reference) > tolerance * max(1.0, abs(reference)):
-        yield Finding(
-            "step",
-            "error",
+        text = (
             f"the loss from hidden states is {ours:.4f} but the model's own logits give {reference:.4f}: "
-            f"{type(model).__name__} changes its logits in a way that Partwise does not know",
-            rows,
-            "This model class cannot be trained with this version.",
+            f"{type(model).__name__} changes its logits in a way that Partwise does not know"
         )
+        yield Finding("step", "error", text, rows, "This model class cannot be trained with this version.")
         return
-    yield Finding(
-        "step",
-        "info",
-        f"first loss {ours:.3f} on {batch.num_target_tokens} target tokens "
-        f"(a uniform guess is {math.log(model.get_output_embeddings().weight.shape[0]):.3f})",
-        rows,
-        values={"loss": ours, "reference_loss": reference},
+    guess = math.log(model.get_output_embeddings().weight.shape[0])
+    text = (
+        f"first loss {ours:.3f} on {batch.num_target_tokens} target tokens (a uniform guess is {guess:.3f})"
     )
+    yield Finding("step", "info", text, rows, values={"loss": ours, "reference_loss": reference})
 
 
 def reference_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> float:
@@ -108,46 +129,77 @@ def reference_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -
     return total.item() / batch.num_target_tokens
 
 
-def check_gradients(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
+def check_gradients(job: Job, gradients: Gradients, batches: Sequence[Batch]) -> Iterator[Finding]:
     """Every trainable tensor has a finite gradient, and no frozen one has any."""
-    model.zero_grad(set_to_none=True)
-    loss = batch_loss_sum(model, batch, job.device) / batch.num_target_tokens
-    if loss.requires_grad:
-        loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
     for part in job.plan.parts:
-        missing = [name for name in part.trainable if gradients.get(name) is None]
-        if missing and reached_by_images(part) and not batch.media:
-            num_rows = min(num_searched_steps(job) * job.config.train.global_batch_size, len(job.rows))
-            yield Finding(
-                "step",
-                "error",
-                f"{part.part} is set to train, but none of the {num_rows} rows that the run reads first has "
-                "an image that can be used, so no gradient can reach it",
-                batch.rows[0],
-                f"Give rows with images, or set parts.{part.part} to frozen.",
-            )
-        elif missing:
-            yield Finding(
-                "step",
-                "error",
-                f"no gradient reaches {len(missing)} of the {len(part.trainable)} tensors of {part.part} "
-                f"that the plan trains: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
-                batch.rows[0],
-                "Freeze them with a layer range, or report the model family.",
-            )
-        broken = [
-            n for n in part.trainable if gradients.get(n) is not None and not gradients[n].isfinite().all()
-        ]
-        if broken:
-            yield Finding(
-                "step", "error", f"the gradient of {broken[0]} is not finite", batch.rows[0], "Use float32."
-            )
+        yield from part_findings(job, part, gradients, batches)
     trainable = set(job.plan.trainable)
-    leaked = [name for name, gradient in gradients.items() if gradient is not None and name not in trainable]
-    if leaked:
-        yield Finding(
-            "step", "error", f"{len(leaked)} frozen tensors got a gradient: {', '.join(leaked[:3])}"
+    if leaked := sorted(gradients.reached - trainable):
+        yield Finding("step", "error", f"{len(leaked)} frozen tensors got a gradient: {shorten(leaked)}")
+    tokens = batches[0].input_ids.shape
+    text = (
+        f"gradients reach {len(gradients.reached & trainable)} of {len(trainable)} trainable tensors; "
+        f"the longest micro-batch is {tokens[0]} x {tokens[1]} tokens"
+    )
+    yield Finding("step", "info", text, batch_rows(batches[0]))
+
+
+def part_findings(
+    job: Job, part: PartPlan, gradients: Gradients, batches: Sequence[Batch]
+) -> Iterator[Finding]:
+    rows = ", ".join(batch_rows(batch) for batch in batches)
+    missing = [name for name in part.trainable if name not in gradients.reached]
+    if missing and reached_by_images(part) and not any(batch.media for batch in batches):
+        num_rows = min(num_searched_steps(job) * job.config.train.global_batch_size, len(job.rows))
+        text = (
+            f"{part.part} is set to train, but none of the {num_rows} rows that the run reads first has "
+            "an image that can be used, so no gradient can reach it"
         )
-    reached = sum(gradients.get(name) is not None for name in trainable)
-    yield Finding("step", "info", f"gradients reach {reached} of {len(trainable)} trainable tensors")
+        fix = f"Give rows with images, or set parts.{part.part} to frozen."
+        yield Finding("step", "error", text, rows, fix)
+        return
+    if missing and all(".experts." in name for name in missing):
+        text = f"{len(missing)} expert tensors of {part.part} got no token of these rows: {shorten(missing)}"
+        yield Finding("step", "warning", text, rows, "A first step that gives them none stops the run.")
+    elif missing:
+        text = (
+            f"no gradient reaches {len(missing)} of the {len(part.trainable)} tensors of {part.part} "
+            f"that the plan trains: {shorten(missing)}"
+        )
+        fix = "Freeze them with a layer range, or report the model family."
+        yield Finding("step", "error", text, rows, fix)
+    broken = [name for name in part.trainable if name in gradients.broken]
+    if broken:
+        text = f"the gradient of {shorten(broken)} is not finite"
+        yield Finding("step", "error", text, gradients.broken[broken[0]], "Use model.dtype=float32.")
+    elif part.trainable and not missing and not gradients.nonzero.intersection(part.trainable):
+        # An adapter's B is zero at the start, so A's gradient is; B's own is not.
+        text = f"every gradient of {part.part} is exactly zero: what it computes does not change the loss"
+        yield Finding(
+            "step", "warning", text, rows, f"Look at the weights, or set parts.{part.part} to frozen."
+        )
+
+
+def check_crossings(job: Job, crossings: Crossings, dtype: torch.dtype, batch: Batch) -> Iterator[Finding]:
+    """No graph in a frozen tower, and each part's output in the dtype of the model's weights."""
+    for part, names in crossings.backward.items():
+        text = (
+            f"{part} is frozen, but the backward pass runs through {len(names)} of its modules "
+            f"({shorten(sorted(names))}): memory and time for gradients that nothing uses"
+        )
+        fix = "Something makes the tower's inputs require gradients; remove that hook or model code."
+        yield Finding("step", "warning", text, batch_rows(batch), fix)
+    for part, found in crossings.dtypes.items():
+        if other := sorted(str(d).removeprefix("torch.") for d in found - {dtype}):
+            text = f"{part} gives {', '.join(other)}, but the weights are {str(dtype).removeprefix('torch.')}"
+            fix = "The model's code casts there: expect more memory than the weights' type suggests."
+            yield Finding("step", "warning", text, job.config.where("model.dtype"), fix)
+
+
+def batch_rows(batch: Batch) -> str:
+    more = len(batch.rows) - 1
+    return batch.rows[0] + (f" and {more} more rows" if more else "")
+
+
+def shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
