@@ -1,0 +1,165 @@
+"""How much memory a training step takes, part by part of it, from shapes alone.
+
+In: the model on the meta device, the plan, and the shape of the longest row. Out: a Footprint, which gives
+the predicted peak for any number of rows in a micro-batch, with and without gradient checkpointing. No
+weight is read. Which device it must fit, and what to do when it does not, is said in preflight/memory.py.
+docs/memory.md compares it with measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from partwise.config import ModelConfig
+from partwise.model.find import find_parts
+from partwise.model.head import CHUNK_ROWS
+from partwise.model.load import empty_model
+from partwise.model.parts import apply_plan
+from partwise.model.trace import decoder_bytes, tower_bytes
+from partwise.records import PartsPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Per logit, at the widest moment of its backward pass: the saved probabilities and two gradients, fp32 each.
+LOGIT_BYTES = 12
+
+# While a layer runs backward, gradients of its activations stand beside the activations themselves.
+LAYER_BACKWARD_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The longest row. A tile is what the tower sees at once: (channels, height, width), or (patch values,)."""
+
+    num_tokens: int
+    num_target_tokens: int
+    tile_shape: tuple[int, ...] = ()
+    num_tiles: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a stack of layers keeps per row: all of them, its inputs alone, and one layer's share."""
+
+    all_bytes: int = 0
+    input_bytes: int = 0
+    layer_bytes: int = 0
+
+    def bytes(self, checkpointing: bool) -> int:
+        return min(self.input_bytes, self.all_bytes) if checkpointing else self.all_bytes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The bytes of a training step. Those of activations are per row of a micro-batch.
+
+    `masters_bytes` and `gradients_bytes` are of 16-bit weights that train; `largest_gradient_bytes` is the
+    16-bit gradient that waits for all its terms while the masters' gradients stand (a head tied to the
+    embeddings).
+    """
+
+    weights_bytes: int
+    masters_bytes: int
+    moments_bytes: int
+    gradients_bytes: int
+    largest_gradient_bytes: int
+    decoder: Kept
+    tower: Kept
+    tower_trains: bool
+    num_target_tokens: int
+    logit_row_bytes: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What does not depend on the rows."""
+        return self.weights_bytes + self.masters_bytes + self.moments_bytes + self.gradients_bytes
+
+    def activations_bytes(self, num_rows: int, checkpointing: bool) -> int:
+        tower = self.tower.bytes(checkpointing) if self.tower_trains else 0
+        return num_rows * (self.decoder.bytes(checkpointing) + tower)
+
+    def head_bytes(self, num_rows: int) -> int:
+        rows = min(CHUNK_ROWS, num_rows * self.num_target_tokens)
+        return rows * self.logit_row_bytes + self.largest_gradient_bytes
+
+    def layer_bytes(self, num_rows: int, checkpointing: bool) -> int:
+        """The layer that runs: its gradients, and its own activations where they were not kept."""
+        layer = max(self.decoder.layer_bytes, self.tower.layer_bytes)
+        return int(num_rows * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
+
+    def peak_bytes(self, num_rows: int, checkpointing: bool) -> int:
+        """The predicted peak of a step with `num_rows` such rows in each micro-batch."""
+        passing = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, checkpointing))
+        return self.fixed_bytes + self.activations_bytes(num_rows, checkpointing) + passing
+
+    def largest_num_rows(self, limit_bytes: int, checkpointing: bool, most: int) -> int:
+        """The most rows, up to `most`, whose peak is below the limit; 0 where not even one row fits."""
+        fitting = (n for n in range(most, 0, -1) if self.peak_bytes(n, checkpointing) < limit_bytes)
+        return next(fitting, 0)
+
+
+def planned_model(settings: ModelConfig, plan: PartsPlan) -> PreTrainedModel:
+    """The model of the run on the meta device: its weight type, its adapters, and what trains."""
+    model = empty_model(settings.path, settings.trust_remote_code)
+    model = model.to(getattr(torch, settings.dtype))
+    apply_plan(model, plan)
+    return model
+
+
+def estimate_footprint(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str) -> Footprint:
+    """The footprint of a model on the meta device that the plan was applied to.
+
+    Raises:
+        NotImplementedError, RuntimeError: the forward pass needs values, not shapes alone.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    small = [p for p in trained if p.dtype.itemsize < 4]
+    num_small = sum(p.numel() for p in small)
+    head = model.get_output_embeddings().weight
+    return Footprint(
+        weights_bytes=sum(p.numel() * p.dtype.itemsize for p in model.parameters()),
+        masters_bytes=4 * num_small,
+        moments_bytes=8 * sum(p.numel() for p in trained),
+        gradients_bytes=4 * sum(p.numel() for p in trained),
+        largest_gradient_bytes=head.numel() * head.dtype.itemsize if head.requires_grad else 0,
+        decoder=decoder_kept(model, plan, row, attention),
+        tower=tower_kept(model, row, attention) if row.num_tiles else Kept(),
+        tower_trains="vision_tower" in plan and bool(plan["vision_tower"].trainable),
+        num_target_tokens=row.num_target_tokens,
+        logit_row_bytes=LOGIT_BYTES * head.shape[0],
+    )
+
+
+def decoder_kept(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str) -> Kept:
+    embeddings = model.get_input_embeddings().weight
+    below = any(part.trainable for part in plan.parts if part.part != "language_model")
+    total = decoder_bytes(model, row.num_tokens, below or embeddings.requires_grad, attention)
+    num_layers = plan["language_model"].num_layers
+    width = embeddings.shape[1] * embeddings.dtype.itemsize
+    return Kept(total, num_layers * row.num_tokens * width, total // num_layers)
+
+
+def tower_kept(model: PreTrainedModel, row: RowShape, attention: str) -> Kept:
+    """What the tower would keep, all of it open. A frozen one has a layer's share alive in its forward pass."""
+    found = find_parts(model)["vision_tower"]
+    if len(row.tile_shape) == 3:
+        total = row.num_tiles * tower_bytes(model, row.tile_shape, attention)
+        width, num_patches = tower_width(model, row.tile_shape)
+        inputs = len(found.layers) * row.num_tiles * num_patches * width * model.dtype.itemsize
+    else:
+        block = model.get_submodule(found.layers[0][1])
+        linears = [m for m in block.modules() if isinstance(m, torch.nn.Linear)]
+        per_patch = sum(m.in_features + m.out_features for m in linears) * model.dtype.itemsize
+        total = len(found.layers) * row.num_tiles * per_patch
+        inputs = len(found.layers) * row.num_tiles * linears[0].in_features * model.dtype.itemsize
+    return Kept(total, inputs, total // max(1, len(found.layers)))
+
+
+def tower_width(model: PreTrainedModel, tile_shape: tuple[int, ...]) -> tuple[int, int]:
+    """Width of a tower that takes whole tiles, and patches of a tile."""
+    config = model.config.vision_config
+    return config.hidden_size, (tile_shape[1] // config.patch_size) * (tile_shape[2] // config.patch_size)

@@ -1,0 +1,155 @@
+"""Does a training step fit into the device's memory? Predicted from shapes, before any weight is read.
+
+The longest of the rows that were read stands for each row of a micro-batch. On a GPU a peak above its memory
+is an error, and the fix is one that was computed; a CPU may swap, so there it is a warning, and only when it
+is far above what is available.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from partwise.config import Config, PartConfig
+from partwise.errors import PlanError
+from partwise.model.estimate import Footprint, RowShape, estimate_footprint, planned_model
+from partwise.model.plan import resolve_plan
+from partwise.preflight.context import Context
+from partwise.records import Finding
+from partwise.tables import format_bytes
+
+# The estimate was up to a tenth away from measured peaks (docs/memory.md).
+GPU_WARNING_FRACTION = 0.9
+CPU_WARNING_FACTOR = 1.5
+
+
+def check_memory(context: Context) -> list[Finding]:
+    """The predicted peak of a step, what it is made of, and whether the device has as much."""
+    config, job = context.config, context.job
+    row = longest_row(context)
+    if row is None:
+        return []  # no row can be used, which another check says
+    try:
+        footprint = config_footprint(context, config, row)
+    except (NotImplementedError, RuntimeError) as error:
+        text = (
+            f"the memory of a step cannot be predicted for {config.model.path}: {str(error).splitlines()[0]}"
+        )
+        return [Finding("memory", "info", text, config.where("model"))]
+    limit = device_bytes(job.device)
+    finding = judge(config, footprint, row, limit, on_gpu=job.device.type == "cuda")
+    if finding.level != "error":
+        return [finding]
+    return [with_fix(context, finding, footprint, row, limit)]
+
+
+def judge(config: Config, footprint: Footprint, row: RowShape, limit: int, on_gpu: bool) -> Finding:
+    """The prediction beside the limit, without a fix."""
+    train = config.train
+    peak = footprint.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
+    device = "the GPU has" if on_gpu else "this machine has free"
+    text = (
+        f"a step takes about {format_bytes(peak)}, {describe(footprint, config)}, with {train.micro_batch_size} "
+        f"rows of {row.num_tokens} tokens a micro-batch; {device} {format_bytes(limit)}"
+    )
+    level = "info"
+    if on_gpu and peak > GPU_WARNING_FRACTION * limit:
+        level = "error" if peak > limit else "warning"
+    elif not on_gpu and peak > CPU_WARNING_FACTOR * limit:
+        level = "warning"
+    values = {"peak_bytes": peak, "limit_bytes": limit, "num_tokens": row.num_tokens}
+    fix = "It may not fit: lower train.micro_batch_size." if level == "warning" else ""
+    return Finding("memory", level, text, config.where("train.micro_batch_size"), fix, values)
+
+
+def describe(footprint: Footprint, config: Config) -> str:
+    train = config.train
+    trained = footprint.masters_bytes + footprint.moments_bytes + footprint.gradients_bytes
+    kept = footprint.activations_bytes(train.micro_batch_size, train.gradient_checkpointing)
+    return (
+        f"of it weights {format_bytes(footprint.weights_bytes)}, masters, moments and gradients "
+        f"{format_bytes(trained)}, activations {format_bytes(kept)}"
+    )
+
+
+def with_fix(context: Context, finding: Finding, footprint: Footprint, row: RowShape, limit: int) -> Finding:
+    """The finding with what would fit, tried in the order of what it costs; each was computed."""
+    fix = rows_fix(context.config, footprint, limit)
+    if not fix and context.config.parts.settings("language_model"):
+        lora = lora_config(context.config)
+        try:
+            fix = rows_fix(lora, config_footprint(context, lora, row), limit, always=True)
+        except PlanError:
+            fix = ""
+        fix = fix and f"Set parts.language_model: lora. {fix}"
+    fix = fix or "Nothing less fits: train fewer parts, lower data.max_seq_len, or take a larger GPU."
+    return Finding(finding.check, finding.level, finding.message, finding.where, fix, finding.values)
+
+
+def rows_fix(config: Config, footprint: Footprint, limit: int, always: bool = False) -> str:
+    """What to set so that the footprint fits; "" where nothing does. `always`: as it is may be the answer."""
+    train = config.train
+    most = train.micro_batch_size if always else train.micro_batch_size - 1
+    limit = int(GPU_WARNING_FRACTION * limit)
+    fixes = []
+    if rows := footprint.largest_num_rows(limit, train.gradient_checkpointing, most):
+        fixes.append(f"train.micro_batch_size: {rows}")
+    if not train.gradient_checkpointing:
+        rows = footprint.largest_num_rows(limit, True, train.micro_batch_size)
+        if rows:
+            fixes.append(f"train.gradient_checkpointing: true with train.micro_batch_size: {rows}")
+    return f"This would fit: {', or '.join(fixes)}." if fixes else ""
+
+
+def lora_config(config: Config) -> Config:
+    """The config with adapters on the language model and nothing else changed."""
+    parts = config.parts.model_copy(update={"language_model": PartConfig(mode="lora")})
+    return config.model_copy(update={"parts": parts})
+
+
+def config_footprint(context: Context, config: Config, row: RowShape) -> Footprint:
+    plan = resolve_plan(context.job.empty_model, config)
+    model = planned_model(config.model, plan)
+    return estimate_footprint(model, plan, row, config.model.attention)
+
+
+def longest_row(context: Context) -> RowShape | None:
+    """The most tokens, targets and images of a usable row that was read; None where there is no such row."""
+    rows = [row for row in context.train_scan.rows if not row.dropped]
+    if not rows:
+        return None
+    sizes = [row.image_sizes for row in rows if row.image_sizes]
+    tiles = [image_tiles(context.job.processor, size) for size in {s for group in sizes for s in group}]
+    tile_shape, num_tiles = max(tiles, key=lambda tile: (tile[1], tile[0]), default=((), 0))
+    return RowShape(
+        num_tokens=min(max(row.num_tokens for row in rows), context.config.data.max_seq_len),
+        num_target_tokens=max(row.num_target_tokens for row in rows),
+        tile_shape=tile_shape,
+        num_tiles=num_tiles * max((len(group) for group in sizes), default=0),
+    )
+
+
+def image_tiles(processor: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], int]:
+    """What the processor makes of a black image of (width, height): shape of a tile, and how many tiles."""
+    made = processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
+    pixels = torch.as_tensor(np.asarray(made["pixel_values"]))
+    last = 3 if pixels.ndim >= 4 else 1
+    tile_shape = tuple(pixels.shape[-last:])
+    return tile_shape, pixels.numel() // int(np.prod(tile_shape))
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of the GPU; on a CPU what is free now, or all of it where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    facts = Path("/proc/meminfo")
+    if facts.is_file():
+        lines = dict(line.split(":", 1) for line in facts.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
