@@ -96,13 +96,24 @@ def parts(
 def preview(
     config: ConfigPath,
     overrides: Overrides = None,
-    row: Annotated[int, typer.Option("--row", min=0, help="Row of the training data, from 0.")] = 0,
+    row: Annotated[
+        list[int] | None, typer.Option("--row", min=0, help="Row of the training data, from 0; may repeat.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with the rows, or the first 8, and images.")
+    ] = None,
 ) -> None:
-    """Show one row as the model sees it: rendered, trained tokens coloured, images and counts."""
+    """Show rows as the model sees them: rendered, trained tokens coloured, images and counts."""
     from partwise import show
     from partwise.config import load_config
 
-    show.print_preview(load_config(config, overrides or []), row, console())
+    settings = load_config(config, overrides or [])
+    if html:
+        show.write_preview(settings, row or [], html)
+        console().print(f"wrote {html}")
+        return
+    for number in row or [0]:
+        show.print_preview(settings, number, console())
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""What `partwise parts` and `partwise preview` print. Nothing is trained or written here."""
+"""What `partwise parts` and `partwise preview` show. Nothing is trained here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -9,15 +10,19 @@ from rich.console import Console
 from rich.table import Table
 
 from partwise.config import Config, load_config
+from partwise.data.page import preview_page, read_page_row
 from partwise.data.preview import preview_example
 from partwise.data.rows import row_name
-from partwise.errors import DataError
+from partwise.errors import ConfigError, DataError
 from partwise.model.load import empty_model
 from partwise.model.parts import parts_table
 from partwise.preflight import CHECKS, MODEL_CHECKS, check_id
 from partwise.records import Dropped
 from partwise.tables import format_count, held_lines, plan_table
 from partwise.training.job import Job
+
+# How many rows a page shows when none is chosen.
+PAGE_ROWS = 8
 
 
 def print_parts(source: str, trust_remote_code: bool, console: Console) -> None:
@@ -76,10 +81,7 @@ def print_preview(config: Config, row: int, console: Console) -> None:
         DataError: there is no such row, or it cannot be used.
     """
     job = Job(config)
-    if row >= len(job.rows):
-        raise DataError(
-            f"--row {row}: the training data has {len(job.rows)} rows. Choose 0 to {len(job.rows) - 1}."
-        )
+    require_rows(job, [row])
     conversation = job.rows[row]
     example = job.chat_format(conversation)
     if isinstance(example, Dropped):
@@ -90,3 +92,30 @@ def print_preview(config: Config, row: int, console: Console) -> None:
     console.print(
         preview_example(job.processor, conversation, example, job.chat_format.media_token_ids), soft_wrap=True
     )
+
+
+def write_preview(config: Config, rows: Sequence[int], path: Path) -> None:
+    """An HTML page of these training rows, or of the first ones.
+
+    Raises:
+        DataError: there is no such row.
+        ConfigError: the file cannot be written.
+    """
+    job = Job(config)
+    require_rows(job, rows)
+    shown = rows or range(min(PAGE_ROWS, len(job.rows)))
+    title = f"{', '.join(config.data.train_files)}: {len(shown)} of {len(job.rows):,} rows"
+    page = preview_page(title, [read_page_row(job.rows, job.chat_format, row) for row in shown])
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--html {path} cannot be written: {error}. Choose another file.") from error
+
+
+def require_rows(job: Job, rows: Sequence[int]) -> None:
+    """Raises: DataError where the training data has no such row."""
+    for row in rows:
+        if row >= len(job.rows):
+            raise DataError(
+                f"--row {row}: the training data has {len(job.rows)} rows. Choose 0 to {len(job.rows) - 1}."
+            )
