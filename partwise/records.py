@@ -156,6 +156,16 @@ class PartsPlan:
                 return plan
         raise KeyError(part)
 
+    def part_of(self, name: str) -> str:
+        """The part that a module or parameter lies in; "" for none."""
+        paths = (
+            (len(path), part.part)
+            for part in self.parts
+            for path in part.module_paths
+            if not path or f"{name}.".startswith(f"{path}.")
+        )
+        return max(paths, default=(0, ""))[1]
+
     def __contains__(self, part: str) -> bool:
         return any(plan.part == part for plan in self.parts)
 
@@ -168,7 +178,9 @@ class PartsPlan:
 class StepMetrics:
     """One optimizer step. `loss` is the mean over the step's target tokens, in nats.
 
-    `grad_norm` is the global norm before clipping, `grad_norms` the same per part.
+    `grad_norm` is the global norm before clipping, `grad_norms` the same per part. Of each part that this
+    step reached, `update_ratios` is the norm of its update, without weight decay, over the norm of its
+    weights, and `zero_gradient_fractions` the share of its elements whose gradient is exactly zero.
     """
 
     step: int
@@ -176,6 +188,8 @@ class StepMetrics:
     loss: float
     grad_norm: float
     grad_norms: dict[str, float]
+    update_ratios: dict[str, float]
+    zero_gradient_fractions: dict[str, float]
     learning_rates: dict[str, float]
     num_input_tokens: int
     num_target_tokens: int

@@ -26,9 +26,19 @@ from partwise.training.checkpoint import (
     stamp_manifest,
 )
 from partwise.training.engine import peak_memory_bytes, seed_everything
-from partwise.training.metrics import MetricsLog, ProgressLine
+from partwise.training.fault import explain_fault
+from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer
-from partwise.training.step import StepOutcome, evaluate_loss, read_outcomes, train_step
+from partwise.training.proof import Proof, add_to_report
+from partwise.training.step import (
+    NonFiniteError,
+    StepOutcome,
+    StepValues,
+    evaluate_loss,
+    read_outcomes,
+    train_step,
+)
+from partwise.training.watch import Watch
 
 if TYPE_CHECKING:
     from partwise.data.loader import StepLoader
@@ -52,7 +62,8 @@ def run_stage(
         PlanError: what trains is not what the plan says.
         CheckpointError: `resume_from` does not fit this run.
         DataError: a row is broken, or a step has no target token.
-        TrainingError: a loss or gradient is not finite, or a checkpoint cannot be written.
+        TrainingError: a loss or gradient is not finite, a tensor that trains stands or a frozen one changed,
+            or a checkpoint cannot be written.
     """
     model, train, device = loaded.model, config.train, loaded.model.device
     verify_plan(model, plan)
@@ -61,24 +72,43 @@ def run_stage(
     first_step = load_checkpoint(resume_from, optimizer, manifest) if resume_from else 0
     set_train_mode(model, plan)
 
+    proof = Proof(model, plan, optimizer)
     log = MetricsLog(run_folder, first_step)
+    watch = Watch(read_metrics(run_folder))
     with ProgressLine(num_steps, first_step, console or Console()) as progress:
         pending = PendingSteps()
         for wait_seconds, step_data in timed(loader.iterate(first_step, num_steps)):
-            seed_everything(train.seed, step_data.step + 1)
-            pending.add(train_step(model, step_data, optimizer, device), wait_seconds)
-
             done = step_data.step + 1
-            is_last = done == num_steps
+            is_first, is_last = step_data.step == first_step, done == num_steps
             evaluates = eval_loader is not None and (is_last or is_due(done, train.eval_every))
             saves = is_due(done, train.save_every)
-            if not (is_last or evaluates or saves or is_due(done, train.log_every)):
+            logs = is_last or evaluates or saves or is_due(done, train.log_every)
+
+            seed_everything(train.seed, done)
+            pending.add(train_step(model, step_data, optimizer, device, observe=logs), wait_seconds)
+
+            # Only a GPU runs ahead of its host, so that reading every step would cost time.
+            if logs or is_first or device.type == "cpu":
+                try:
+                    pending.values = read_outcomes(pending.outcomes)[-1]
+                except NonFiniteError as fault:
+                    raise explain_fault(
+                        fault, model, plan, optimizer, loader, train.seed, run_folder
+                    ) from fault
+            if is_first or is_last:
+                finding = proof.check(done)
+                add_to_report(run_folder, finding)
+                progress.show_text(finding.message)
+            if not logs:
                 continue
-            metrics = pending.read(
+            metrics = pending.metrics(
                 optimizer.learning_rates(step_data.step), done / loader.steps_per_epoch, device
             )
             log.write_step(metrics)
             progress.show_step(metrics)
+            for alarm in watch.see(metrics):
+                log.write_alarm(done, alarm)
+                progress.show_text(f"warning: step {done}: {alarm.message}")
             if evaluates:
                 eval_loss = evaluate_loss(model, eval_loader, device)
                 log.write_eval(done, eval_loss)
@@ -111,25 +141,25 @@ class PendingSteps:
         self.start = time.monotonic()
         self.data_wait_seconds = 0.0
         self.outcomes: list[StepOutcome] = []
+        self.values: StepValues | None = None  # the last step's, once they were read
 
     def add(self, outcome: StepOutcome, wait_seconds: float) -> None:
         self.outcomes.append(outcome)
         self.data_wait_seconds += wait_seconds
 
-    def read(self, learning_rates: dict[str, float], epoch: float, device: torch.device) -> StepMetrics:
-        """Metrics of the last step; seconds are means, and dropped rows sums, over all pending steps.
-
-        Raises:
-            TrainingError: one of the steps has a loss or gradient norm that is not finite.
-        """
-        values = read_outcomes(self.outcomes)[-1]
-        last, num_steps = self.outcomes[-1], len(self.outcomes)
+    def metrics(self, learning_rates: dict[str, float], epoch: float, device: torch.device) -> StepMetrics:
+        """Metrics of the last step; seconds are means, and dropped rows sums, over all pending steps."""
+        values, last, num_steps = self.values, self.outcomes[-1], len(self.outcomes)
+        assert values is not None, "read the outcomes first"
+        zero_fractions, ratios = observed_values(last)
         return StepMetrics(
             step=last.step + 1,
             epoch=epoch,
             loss=values.loss,
             grad_norm=values.grad_norm,
             grad_norms=values.grad_norms,
+            update_ratios=ratios,
+            zero_gradient_fractions=zero_fractions,
             learning_rates=learning_rates,
             num_input_tokens=last.num_input_tokens,
             num_target_tokens=last.num_target_tokens,
@@ -138,3 +168,12 @@ class PendingSteps:
             data_wait_seconds=self.data_wait_seconds / num_steps,
             peak_memory_bytes=peak_memory_bytes(device),
         )
+
+
+def observed_values(outcome: StepOutcome) -> tuple[dict[str, float], dict[str, float]]:
+    """Zero-gradient shares and update ratios of the parts that the step reached; the host waits."""
+    if outcome.observed is None:
+        return {}, {}
+    zero_fractions, ratios = outcome.observed.values.tolist()
+    parts = outcome.observed.parts
+    return dict(zip(parts, zero_fractions, strict=True)), dict(zip(parts, ratios, strict=True))

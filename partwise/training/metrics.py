@@ -22,8 +22,10 @@ from rich.table import Column
 
 from partwise.errors import TrainingError
 from partwise.records import StepMetrics
+from partwise.training.watch import Alarm
 
 METRICS_FILE = "metrics.jsonl"
+MOSTLY = 0.5  # from this share on, exactly-zero gradients are worth a place on the line
 
 
 class MetricsLog:
@@ -46,6 +48,9 @@ class MetricsLog:
 
     def write_eval(self, step: int, eval_loss: float) -> None:
         self._write({"step": step, "eval_loss": eval_loss})
+
+    def write_alarm(self, step: int, alarm: Alarm) -> None:
+        self._write({"step": step, "warning": alarm.kind, "part": alarm.part, "message": alarm.message})
 
     def _write(self, record: dict[str, Any]) -> None:
         with self._told(), self.path.open("a") as file:
@@ -106,22 +111,36 @@ class ProgressLine:
             self.console.print(line, soft_wrap=True, highlight=False)
 
     def show_eval(self, step: int, eval_loss: float) -> None:
-        line = f"step {step}/{self.num_steps}  eval loss {eval_loss:.4f}"
-        self.console.print(line, soft_wrap=True, highlight=False)
+        self.show_text(f"step {step}/{self.num_steps}  eval loss {eval_loss:.4f}")
+
+    def show_text(self, text: str) -> None:
+        """A line that stays: on a terminal it scrolls up above the live one."""
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def format_step(metrics: StepMetrics, num_steps: int, seconds_left: float) -> str:
-    """One line: step, loss, norm, learning rates, input tokens per second, memory, drops, time left."""
-    rates = {f"{rate:.2e}" for rate in metrics.learning_rates.values()}
-    by_part = ",".join(f"{part} {rate:.2e}" for part, rate in metrics.learning_rates.items())
+    """One line: step, loss, norm, learning rates, update-to-weight ratios, gradients that are mostly zero,
+    input tokens per second, memory, drops, time left.
+    """
+    zeros = {part: share for part, share in metrics.zero_gradient_fractions.items() if share >= MOSTLY}
     fields = [
         f"step {metrics.step}/{num_steps}",
         f"loss {metrics.loss:.4f}",
         f"norm {metrics.grad_norm:.3g}",
-        f"lr {rates.pop() if len(rates) == 1 else by_part}",
+        f"lr {by_part(metrics.learning_rates, '.2e')}",
+        f"update {by_part(metrics.update_ratios, '.1e')}" if metrics.update_ratios else "",
+        "zero gradients " + ",".join(f"{part} {share:.2f}" for part, share in zeros.items()) if zeros else "",
         f"{metrics.num_input_tokens / metrics.step_seconds:,.0f} tokens/s",
         f"{metrics.peak_memory_bytes / 2**30:.1f} GiB",
         f"dropped {sum(metrics.num_dropped.values())}" if metrics.num_dropped else "",
         f"left {timedelta(seconds=round(seconds_left))}",
     ]
     return "  ".join(field for field in fields if field)
+
+
+def by_part(values: dict[str, float], form: str) -> str:
+    """ "projector 1e-04,language_model 2e-05", or one number when all parts have the same."""
+    texts = {part: format(value, form) for part, value in values.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ",".join(f"{part} {text}" for part, text in texts.items())

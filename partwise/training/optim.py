@@ -2,13 +2,14 @@
 
 In: a model with the plan applied. Each backward pass adds gradients to the masters in fp32; `step` clips,
 updates the masters and rounds them into the weights. fp32 (and fp64) weights are their own masters.
-Which parameters train is the plan's business, and a non-finite norm is judged in step.py.
+A loss or norm that is not finite stops all updates from then on, on the device; that it stops the run is
+step.py's business, and which parameters train is the plan's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,14 @@ from partwise.errors import CheckpointError, PlanError
 from partwise.records import PartsPlan
 
 MASTER_STATES = ("step", "exp_avg", "exp_avg_sq")
+PIECE = 1 << 24  # elements: what is computed from whole tensors takes little memory at a time
 
 
 class Optimizer:
     """Masters, parameter groups and schedule of the parts that train.
 
-    `masters` holds, by parameter name, the tensor that AdamW updates.
+    `masters` holds, by parameter name, the tensor that AdamW updates. `stopped` is 1.0 on the device from the
+    first step on whose loss or gradient norm was not finite: masters, moments and weights stay as before it.
 
     Raises:
         PlanError: nothing trains.
@@ -43,6 +46,10 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             self._groups(model, plan), betas=train.adam_betas, eps=train.adam_eps, fused=True
         )
+        self.groups = {name: group for group in self.adamw.param_groups for name in group["names"]}
+        self.stopped = torch.zeros((), device=next(iter(self.masters.values())).device)
+        # The fused kernel reads this one from the device and skips its update where it is 1.
+        self.adamw.found_inf = self.stopped
 
     def _groups(self, model: nn.Module, plan: PartsPlan) -> list[dict]:
         """Per part one group that decays and one that does not; empty ones are left out."""
@@ -70,16 +77,18 @@ class Optimizer:
         return {group["part"]: group["peak"] * factor for group in self.adamw.param_groups}
 
     @torch.no_grad()
-    def step(self, step: int) -> dict[str, Tensor]:
+    def step(self, step: int, loss: Tensor | None = None) -> dict[str, Tensor]:
         """One update; the gradient norm of each part before clipping, as scalars on the device.
 
-        Gradients are gone afterwards. A tensor without gradient is left as it is, moments included.
+        Gradients are gone afterwards. A tensor without gradient is left as it is, moments included; so are
+        all when a norm or `loss` (scalar) is not finite, now or at an earlier step.
         """
         self.never_reached -= {name for name, master in self.masters.items() if master.grad is not None}
         norms = {part: self._grad_norm(names) for part, names in self.names.items()}
-        torch.nn.utils.clip_grads_with_norm_(
-            self.masters.values(), self.max_grad_norm, global_norm(norms.values())
-        )
+        norm = global_norm(norms.values())
+        judged = norm.double() if loss is None else norm.double() + loss
+        self.stopped.copy_(torch.maximum(self.stopped, (~judged.isfinite()).float()))
+        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
         rates = self.learning_rates(step)
         for group in self.adamw.param_groups:
             group["lr"] = rates[group["part"]]
@@ -95,6 +104,18 @@ class Optimizer:
         if gradients:
             return torch.nn.utils.get_total_norm(gradients)
         return torch.zeros((), device=next(iter(self.masters.values())).device)
+
+    def directions(self, name: str) -> Iterator[Tensor]:
+        """What AdamW moved one tensor along in the last step, in pieces: flat, without rate and decay."""
+        state, (beta, beta_sq) = self.adamw.state[self.masters[name]], self.train.adam_betas
+        scale, scale_sq = 1 - beta ** state["step"], (1 - beta_sq ** state["step"]).sqrt()
+        pieces = zip(
+            state["exp_avg"].reshape(-1).split(PIECE),
+            state["exp_avg_sq"].reshape(-1).split(PIECE),
+            strict=True,
+        )
+        for mean, square in pieces:
+            yield mean / square.sqrt().div_(scale_sq).add_(self.train.adam_eps).mul_(scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changed, flat, as "kind/parameter name": masters, moments, step counts."""

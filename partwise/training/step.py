@@ -21,11 +21,21 @@ from partwise.errors import TrainingError
 from partwise.model.head import logit_softcap, token_loss_sum
 from partwise.records import Batch, StepData
 from partwise.training.optim import Optimizer
+from partwise.training.watch import Observed, observe_gradients, observe_update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from partwise.data.loader import StepLoader
+
+
+class NonFiniteError(TrainingError):
+    """A step's loss or gradient is not finite. `step` counts from zero; `values` are its numbers by name."""
+
+    def __init__(self, text: str, step: int, values: dict[str, float]) -> None:
+        super().__init__(text)
+        self.step = step
+        self.values = values
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class StepOutcome:
     num_input_tokens: int
     num_target_tokens: int
     dropped: Counter[str]
+    observed: Observed | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,11 @@ class StepValues:
 
 
 def train_step(
-    model: PreTrainedModel, step_data: StepData, optimizer: Optimizer, device: torch.device
+    model: PreTrainedModel,
+    step_data: StepData,
+    optimizer: Optimizer,
+    device: torch.device,
+    observe: bool = False,
 ) -> StepOutcome:
     """Forward and backward over all micro-batches, then one update.
 
@@ -69,7 +84,8 @@ def train_step(
         if loss.grad_fn is not None:
             loss.backward()
         total += loss.detach()
-    norms = optimizer.step(step_data.step)
+    gradients = observe_gradients(optimizer) if observe else None
+    norms = optimizer.step(step_data.step, total)
     check_reached(optimizer, step_data)
     return StepOutcome(
         step=step_data.step,
@@ -79,6 +95,7 @@ def train_step(
         num_input_tokens=sum(batch.num_input_tokens for batch in step_data.batches),
         num_target_tokens=num_target_tokens,
         dropped=step_data.dropped,
+        observed=observe_update(optimizer, gradients) if gradients else None,
     )
 
 
@@ -121,7 +138,7 @@ def read_outcomes(outcomes: Sequence[StepOutcome]) -> list[StepValues]:
     """The outcomes' numbers; the host waits for the device once.
 
     Raises:
-        TrainingError: a loss or gradient norm is not finite; names the first such step, its parts and rows.
+        NonFiniteError: a loss or gradient norm is not finite; names the first such step, its parts and rows.
     """
     values = torch.stack([outcome.values for outcome in outcomes]).tolist()
     return [read_values(outcome, row) for outcome, row in zip(outcomes, values, strict=True)]
@@ -132,11 +149,13 @@ def read_values(outcome: StepOutcome, row: list[float]) -> StepValues:
     if not all(math.isfinite(value) for value in row):
         more = len(outcome.rows) - 4
         rows = ", ".join(outcome.rows[:4]) + (f" and {more} more" if more > 0 else "")
-        raise TrainingError(
+        raise NonFiniteError(
             f"step {outcome.step + 1}: the loss is {loss:.6g} and the gradient norms are "
             f"{', '.join(f'{norm:.6g} in {part}' for part, norm in norms.items())}; the rows are {rows}. "
             "Nothing was saved after it. Look at these rows, lower the learning rate or lengthen the "
-            "warm-up, and resume from the newest checkpoint."
+            "warm-up, and resume from the newest checkpoint.",
+            outcome.step,
+            {"loss": loss, **{f"gradient norm of {part}": norm for part, norm in norms.items()}},
         )
     return StepValues(loss, math.hypot(*norms.values()), norms)
 

@@ -25,6 +25,8 @@ def make_metrics(step: int, **changes) -> StepMetrics:
         "loss": 2.0 / step,
         "grad_norm": 1.25,
         "grad_norms": {"projector": 0.75, "language_model": 1.0},
+        "update_ratios": {"projector": 4e-3, "language_model": 5e-4},
+        "zero_gradient_fractions": {"projector": 0.0, "language_model": 0.75},
         "learning_rates": {"projector": 1e-4, "language_model": 2e-5},
         "num_input_tokens": 3000,
         "num_target_tokens": 400,
@@ -42,8 +44,9 @@ def test_each_line_is_on_disk_when_it_is_written(tmp_path):
     record = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert record["loss"] == 2.0 and record["num_dropped"] == {"too long": 2}
     assert record.keys() == {
-        "step", "epoch", "loss", "grad_norm", "grad_norms", "learning_rates", "num_input_tokens",
-        "num_target_tokens", "num_dropped", "step_seconds", "data_wait_seconds", "peak_memory_bytes",
+        "step", "epoch", "loss", "grad_norm", "grad_norms", "update_ratios", "zero_gradient_fractions",
+        "learning_rates", "num_input_tokens", "num_target_tokens", "num_dropped", "step_seconds",
+        "data_wait_seconds", "peak_memory_bytes",
     }  # fmt: skip
     log.write_eval(1, 1.5)
     assert list(read_metrics(tmp_path))[1] == {"step": 1, "eval_loss": 1.5}
@@ -86,6 +89,7 @@ def test_a_plain_line_per_step_where_there_is_no_terminal():
     first, second = console.file.getvalue().splitlines()
     assert first.startswith(
         "step 2/10  loss 1.0000  norm 1.25  lr projector 1.00e-04,language_model 2.00e-05  "
+        "update projector 4.0e-03,language_model 5.0e-04  zero gradients language_model 0.75  "
         "6,000 tokens/s  3.0 GiB  dropped 3  left 0:00:00"
     )
     assert second == "step 2/10  eval loss 0.5000"
