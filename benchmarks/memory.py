@@ -1,7 +1,8 @@
 """Predicted and measured peak memory of training steps, on Gemma-3-4B's shape with random weights.
 
-Usage: python benchmarks/memory.py OUT.jsonl [CELL ...]; needs a GPU. A cell trains 3 steps of 2 micro-batches;
-all rows of it have one image and like lengths, so the longest row stands for all. One JSON line per cell.
+Usage: python benchmarks/memory.py OUT.jsonl [CELL ...]; needs a GPU. A cell trains 3 steps of 2
+micro-batches; all rows of it have one image and like lengths, so the longest row stands for all. One JSON line
+per cell.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ CELLS = {
     "vision long": ("vision", "long", 1, False),
     "vision-lora long checkpointing": ("vision-lora", "long", 4, True),
     "all-full short checkpointing": ("all-full", "short", 4, True),
+    "lora long eager": ("lora", "long", 1, False),
+    "projector short float32": ("projector", "short", 2, False),
+    "vision short float32": ("vision", "short", 2, False),
+    "all-full short": ("all-full", "short", 2, False),
 }
+MODEL_KEYS = {"eager": {"attention": "eager"}, "float32": {"dtype": "float32"}}
 
 
 def main() -> None:
@@ -75,7 +81,7 @@ def main() -> None:
 def write_rows(folder: Path, length: str, num_words: int) -> None:
     """Chat rows with a noise image of 896 pixels and an answer of `num_words` words."""
     rng = np.random.default_rng(0)
-    words = "the image shows a red circle and two blue squares on its left".split()
+    words = ["red", "circle", "and", "blue", "square", "left", "of", "it"]
     Image.fromarray(rng.integers(0, 256, size=(896, 896, 3), dtype=np.uint8)).save(folder / "image.png")
     rows = []
     for _ in range(NUM_STEPS * 8):
@@ -90,7 +96,7 @@ def write_rows(folder: Path, length: str, num_words: int) -> None:
 def run_cell(name: str, folder: Path) -> dict:
     mode, length, num_rows, checkpointing = CELLS[name]
     config = {
-        "model": {"path": str(folder / "base")},
+        "model": {"path": str(folder / "base"), **MODEL_KEYS.get(name.split()[-1], {})},
         "parts": MODES[mode],
         "data": {"train": str(folder / f"{length}.jsonl"), "num_workers": 0, "max_seq_len": 16384},
         "train": {

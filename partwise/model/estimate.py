@@ -33,7 +33,7 @@ LAYER_BACKWARD_FRACTION = 0.5
 
 @dataclass(frozen=True)
 class RowShape:
-    """The longest row. A tile is what the tower sees at once: (channels, height, width), or (patch values,)."""
+    """The longest row. A tile is what the tower sees at once: (channels, height, width), or (values,)."""
 
     num_tokens: int
     num_target_tokens: int
@@ -144,7 +144,7 @@ def decoder_kept(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attenti
 
 
 def tower_kept(model: PreTrainedModel, row: RowShape, attention: str) -> Kept:
-    """What the tower would keep, all of it open. A frozen one has a layer's share alive in its forward pass."""
+    """What the tower would keep, all of it open. A frozen one has one layer's share alive at a time."""
     found = find_parts(model)["vision_tower"]
     if len(row.tile_shape) == 3:
         total = row.num_tiles * tower_bytes(model, row.tile_shape, attention)

@@ -76,8 +76,8 @@ AttentionInterface.register(ATTENTIONS["sdpa"], keep_attention)
 AttentionInterface.register(ATTENTIONS["eager"], keep_eager_attention)
 
 
-def saved_bytes(model: PreTrainedModel, run: Callable[[], object]) -> int:
-    """Bytes that the backward pass of `run` would read, each storage once, parameters and buffers left out."""
+def saved_bytes(model: PreTrainedModel, run: Callable[[], Tensor]) -> int:
+    """Bytes that the backward pass of `run` would read, each storage once, without parameters and buffers."""
     seen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: list[Tensor] = []  # while they live, no other storage takes their identity
     total = 0
@@ -92,7 +92,7 @@ def saved_bytes(model: PreTrainedModel, run: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept.append(run())  # type: ignore[arg-type]
+        kept.append(run())
     return total
 
 

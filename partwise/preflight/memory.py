@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,10 +54,11 @@ def judge(config: Config, footprint: Footprint, row: RowShape, limit: int, on_gp
     peak = footprint.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
     device = "the GPU has" if on_gpu else "this machine has free"
     text = (
-        f"a step takes about {format_bytes(peak)}, {describe(footprint, config)}, with {train.micro_batch_size} "
-        f"rows of {row.num_tokens} tokens a micro-batch; {device} {format_bytes(limit)}"
+        f"a step takes about {format_bytes(peak)}, {describe(footprint, config)}, with "
+        f"{train.micro_batch_size} rows of {row.num_tokens} tokens a micro-batch; "
+        f"{device} {format_bytes(limit)}"
     )
-    level = "info"
+    level: Literal["error", "warning", "info"] = "info"
     if on_gpu and peak > GPU_WARNING_FRACTION * limit:
         level = "error" if peak > limit else "warning"
     elif not on_gpu and peak > CPU_WARNING_FACTOR * limit:
