@@ -118,10 +118,13 @@ def stopping_hooks(model: nn.Module, plan: PartsPlan) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's inputs or outputs."""
+    """The floating-point tensors in a module's inputs or outputs, without graph.
+
+    With it, judging them would save tensors for backward, which a checkpointed layer counts.
+    """
     if isinstance(value, Tensor):
         if value.is_floating_point():
-            yield value
+            yield value.detach()
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
     elif isinstance(value, list | tuple):
