@@ -1,8 +1,8 @@
 """Predicted and measured peak memory of training steps, on Gemma-3-4B's shape with random weights.
 
 Usage: python benchmarks/memory.py OUT.jsonl [CELL ...]; needs a GPU. A cell trains 3 steps of 2
-micro-batches; all rows of it have one image and like lengths, so the longest row stands for all. One JSON line
-per cell.
+micro-batches; all rows of it have one image and like lengths, so the longest row stands for all. One JSON
+line per cell.
 """
 
 from __future__ import annotations
@@ -81,7 +81,21 @@ def main() -> None:
 def write_rows(folder: Path, length: str, num_words: int) -> None:
     """Chat rows with a noise image of 896 pixels and an answer of `num_words` words."""
     rng = np.random.default_rng(0)
-    words = ["red", "circle", "and", "blue", "square", "left", "of", "it"]
+    words = (
+        "the",
+        "image",
+        "shows",
+        "a",
+        "red",
+        "circle",
+        "and",
+        "two",
+        "blue",
+        "squares",
+        "on",
+        "its",
+        "left",
+    )
     Image.fromarray(rng.integers(0, 256, size=(896, 896, 3), dtype=np.uint8)).save(folder / "image.png")
     rows = []
     for _ in range(NUM_STEPS * 8):
