@@ -14,6 +14,7 @@ from partwise.errors import ConfigError, UserError
 from partwise.preflight.context import Context
 from partwise.preflight.copies import check_duplicates, check_overlap
 from partwise.preflight.images import check_image_tokens, check_images
+from partwise.preflight.loss import check_loss
 from partwise.preflight.model import check_model
 from partwise.preflight.output import check_disk, check_output
 from partwise.preflight.plan import check_plan
@@ -37,7 +38,7 @@ ROW_CHECKS: list[Check] = [
     check_overlap,
 ]
 CHECKS: list[Check] = [check_output, check_model, check_plan, check_disk, *ROW_CHECKS]
-MODEL_CHECKS: list[Check] = [check_step]
+MODEL_CHECKS: list[Check] = [check_step, check_loss]
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]
 

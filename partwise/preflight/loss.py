@@ -1,0 +1,183 @@
+"""Is the first loss one that this model should have, and does it depend on the images?
+
+In: a Context. Out: Findings: the loss beside what a uniform guess and the labels' own frequencies would cost;
+for a trained model whose loss is far too high, the cause that doctor.py finds; and the loss with the right,
+another and a blank image. A model with random weights cannot be judged, and is only said to be one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from partwise.data.chat import ChatFormat
+from partwise.data.template import tokenizer_of
+from partwise.errors import UserError
+from partwise.model.load import load_processor
+from partwise.preflight.context import Context
+from partwise.preflight.doctor import CAUSES, diagnose, try_other_rows
+from partwise.preflight.measure import (
+    Patient,
+    change_pixels,
+    has_learned,
+    mean_loss,
+    row_losses,
+    unigram_entropy,
+)
+from partwise.preflight.probe import conversation_at, examples_at, usable_rows
+from partwise.records import IGNORE_INDEX, Example, Finding
+
+# Rows whose labels are counted, rows whose loss is computed, and images that are exchanged.
+NUM_COUNTED = 32
+NUM_ROWS = 8
+NUM_IMAGES = 4
+# A loss above this, or this far above the labels' entropy, asks for the doctor.
+HIGH = 2.5
+HIGH_BY = 0.5
+# Within this of a uniform guess, or above it, a loss is no better than one.
+LIKE_UNIFORM = 1.0
+# A loss this far below the entropy was learned; images that move no row's loss by more do nothing.
+LEARNED_BY = 0.5
+UNMOVED = 0.02
+
+
+def check_loss(context: Context) -> list[Finding]:
+    """Findings on the first loss of a few rows; the model is as before.
+
+    Raises:
+        DataError: a row has changed since it was scanned.
+    """
+    usable = usable_rows(context)
+    if not usable:
+        return []
+    places = spread(usable, NUM_COUNTED)
+    entropy = unigram_entropy(examples_at(context, places))
+    patient = make_patient(context, spread(places, NUM_ROWS))
+    findings = judge_loss(patient, entropy)
+    return findings + judge_images(patient, entropy, learned=has_learned(patient.model))
+
+
+def spread(items: list[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
+def make_patient(context: Context, places: list[int]) -> Patient:
+    job = context.job
+    examples = examples_at(context, places)
+    tokenizer = tokenizer_of(job.processor)
+    special = tokenizer.convert_tokens_to_ids(list(job.chat_format.special_tokens))
+    bos = tokenizer.bos_token_id
+    return Patient(
+        model=context.loaded.model,
+        examples=tuple(examples),
+        device=job.device,
+        pad_token_id=job.pad_token_id,
+        bos_token_id=None if bos == tokenizer.eos_token_id else bos,
+        special_ids=frozenset(special),
+        media_ids=job.chat_format.media_token_ids,
+        answers=tuple(example.labels != IGNORE_INDEX for example in examples),
+        others=other_rows(context, places),
+        pixel_stats=pixel_stats(job.processor),
+    )
+
+
+def other_rows(context: Context, places: list[int]) -> dict[str, tuple[Example, ...]]:
+    """The rows as the model folder's own chat template writes them, where the config names another."""
+    job, model, data = context.job, context.config.model, context.config.data
+    if model.chat_template is None:
+        return {}
+    try:
+        processor = load_processor(model.path, model.trust_remote_code)
+        own = ChatFormat(processor, job.chat_format.media_token_ids, data.max_seq_len, data.overlong)
+        results = [own(conversation_at(context, place)) for place in places]
+    except UserError:  # the folder has no template, or it refuses the rows: nothing to compare with
+        return {}
+    examples = tuple(result for result in results if isinstance(result, Example))
+    return {"the chat template of the model folder": examples} if examples else {}
+
+
+def pixel_stats(processor: Any) -> tuple[float, float] | None:
+    """Mean and deviation of the image processor, over the channels."""
+    image_processor = getattr(processor, "image_processor", None)
+    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
+    return (float(np.mean(mean)), float(np.mean(std))) if mean and std else None
+
+
+def judge_loss(patient: Patient, entropy: float) -> list[Finding]:
+    """The loss in one line, and where it is clearly off the cause, or that none was found."""
+    loss = mean_loss(patient)
+    uniform = math.log(patient.model.get_output_embeddings().weight.shape[0])
+    told = patient.reported if patient.reported is not None else loss
+    where = f"{len(patient.examples)} rows"
+    values = {"loss": told, "uniform": uniform, "unigram_entropy": entropy}
+    text = (
+        f"the first loss is {told:.3f} (a uniform guess costs {uniform:.3f}, knowing only how often each "
+        f"label comes {entropy:.3f})"
+    )
+    if not has_learned(patient.model):
+        text = f"the model starts from random weights: {text}"
+        return [Finding("loss", "info", text, where, values=values)]
+    is_high = not told <= min(entropy + HIGH_BY, HIGH)
+    causes = CAUSES if is_high else [try_other_rows]
+    if trials := diagnose(patient, loss, causes):
+        best = trials[0]
+        named = f"{text}. {best.cause}: {best.before:.3f} became {best.after:.3f} without that"
+        return [Finding("loss", "warning", named, where, best.fix, values | {"loss_after": best.after})]
+    if not is_high:
+        return [Finding("loss", "info", text, where, values=values)]
+    if not math.isfinite(told) or told > uniform - LIKE_UNIFORM:
+        text = f"{text}: the model is trained, but does no better here than a random one"
+        fix = "Look at `partwise preview`; check that weights and tokenizer belong together."
+        return [Finding("loss", "warning", text, where, fix, values)]
+    text = f"{text}; none of the usual mistakes explains it: the rows may be new to the model"
+    return [Finding("loss", "info", text, where, values=values)]
+
+
+def judge_images(patient: Patient, entropy: float, learned: bool) -> list[Finding]:
+    """The loss of rows with images: with their own, another row's and a blank one."""
+    rows = [example for example in patient.examples if example.media][:NUM_IMAGES]
+    if not rows:
+        return []
+    tried = {"blank images": [change_pixels(example, torch.zeros_like) for example in rows]}
+    swapped = [with_other_image(example, rows) for example in rows]
+    if all(example is not None for example in swapped):
+        tried["other rows' images"] = [example for example in swapped if example is not None]
+    num_targets = [int((example.labels[1:] != IGNORE_INDEX).sum()) for example in rows]
+    own = row_losses(patient, rows)
+    losses = {words: row_losses(patient, examples) for words, examples in tried.items()}
+    mean = sum(own) / sum(num_targets)
+    moved = max(
+        abs(a - b) / n for other in losses.values() for a, b, n in zip(own, other, num_targets, strict=True)
+    )
+    others = ", ".join(f"{sum(other) / sum(num_targets):.3f} with {words}" for words, other in losses.items())
+    text = f"the loss is {mean:.3f} with the rows' own images, {others}"
+    values = {"loss": mean, **{words: sum(other) / sum(num_targets) for words, other in losses.items()}}
+    where = f"{len(rows)} rows with images"
+    if learned and len(losses) > 1 and mean < entropy - LEARNED_BY and moved < UNMOVED:
+        text = f"the model does not look at the images: {text}"
+        fix = "Are the answers to be known without them? If not, look at projector and image inputs."
+        return [Finding("loss", "warning", text, where, fix, values)]
+    return [Finding("loss", "info", text, where, values=values)]
+
+
+def with_other_image(example: Example, rows: list[Example]) -> Example | None:
+    """The example with the pixels of the first row whose images are of the same shape and not the same."""
+    for other in rows:
+        if other.media.keys() == example.media.keys() and is_other_image(example, other):
+            media = {n: other.media[n] if t.is_floating_point() else t for n, t in example.media.items()}
+            return replace(example, media=media)
+    return None
+
+
+def is_other_image(example: Example, other: Example) -> bool:
+    pairs = [(tensor, other.media[name]) for name, tensor in example.media.items()]
+    if any(a.shape != b.shape for a, b in pairs):
+        return False
+    return all(torch.equal(a, b) for a, b in pairs if not a.is_floating_point()) and any(
+        not torch.equal(a, b) for a, b in pairs if a.is_floating_point()
+    )
