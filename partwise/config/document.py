@@ -166,6 +166,9 @@ def _build(document: Document, node: yaml.Node, key: str, origin: Callable[[yaml
             document.origins[_join(key, index)] = origin(child)
         return [_build(document, child, _join(key, i), origin) for i, child in enumerate(node.value)]
     assert isinstance(node, yaml.ScalarNode)
+    if fault := _check_characters(node.value, key):
+        document.faults.append(fault)
+        return _BAD_CHARACTER.sub("?", node.value)  # a text still, so that this is its only fault
     try:
         return _plain(node)
     except (KeyError, ValueError):
@@ -173,6 +176,17 @@ def _build(document: Document, node: yaml.Node, key: str, origin: Callable[[yaml
             Fault(key, f'{key}: cannot read "{node.value}" as {node.tag}. Write it without the tag.')
         )
         return None
+
+
+_BAD_CHARACTER = re.compile("[\x00\ud800-\udfff]")
+
+
+def _check_characters(text: str, key: str) -> Fault | None:
+    """A fault where the text holds what no file name or UTF-8 file can: a null, or half of a character."""
+    bad = _BAD_CHARACTER.search(text)
+    if not bad:
+        return None
+    return Fault(key, f"{key or 'top level'}: {text!a:.80} holds {bad.group()!a}. Write it without.")
 
 
 def _build_items(
@@ -184,6 +198,9 @@ def _build_items(
             document.faults.append(
                 Fault(prefix, f"{prefix or 'top level'}: line {_line(name_node)}: a key is one word.")
             )
+            continue
+        if fault := _check_characters(name_node.value, prefix):
+            document.faults.append(fault)
             continue
         name, key = name_node.value, _join(prefix, name_node.value)
         if name in seen:
@@ -199,7 +216,12 @@ def _build_items(
 
 def _apply(document: Document, override: str) -> None:
     """Set one key from `key.path=value`. A value that opens no list, mapping or quote is one plain scalar."""
-    label = f'override "{override}"'
+    shown = _BAD_CHARACTER.sub("?", override)
+    label = f'override "{shown}"'
+    if fault := _check_characters(override, shown):
+        document.origins[shown] = label
+        document.faults.append(fault)
+        return
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):

@@ -8,7 +8,6 @@ a row that could be read in two ways is an error that names it.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,8 +107,8 @@ def _from_sharegpt(message: Any, where: str) -> Any:
     if not isinstance(message, dict) or "from" not in message:
         raise _RowError(f'{where} has no "from" and "value". {FORMATS}')
     role = message["from"]
-    if role not in SHAREGPT_ROLES:
-        raise _RowError(f"{where}: role {role!r} is not one of {', '.join(SHAREGPT_ROLES)}.")
+    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
+        raise _RowError(f"{where}: role {role!r:.80} is not one of {', '.join(SHAREGPT_ROLES)}.")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": SHAREGPT_ROLES[role], "content": message.get("value"), **rest}
 
@@ -234,7 +233,7 @@ def _data_url_bytes(url: str, where: str) -> bytes:
         raise _RowError(f"{where}: the data: URL is not base64. Write data:image/png;base64,... instead.")
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and letters beyond ASCII
         raise _RowError(f"{where}: the data: URL is broken: {error}. Encode the image again.") from None
 
 

@@ -21,12 +21,31 @@ from partwise.records import Conversation
 
 PARQUET_CACHE_BYTES = 1 << 30
 
+# What a line holds if it holds half of a character (a lone surrogate), escaped or as bytes.
+SURROGATE_MARKS = (b"\\ud", b"\\uD", b"\xed")
+
 
 class RowFile(Protocol):
     """One data file: `read(i)` gives (number, row), where number is how errors count the row, from zero."""
 
     def __len__(self) -> int: ...
     def read(self, index: int) -> tuple[int, Any]: ...
+
+
+def has_surrogate_marks(content: bytes) -> bool:
+    return any(mark in content for mark in SURROGATE_MARKS)
+
+
+def require_characters(row: Any, name: str) -> None:
+    """Raises: DataError where a text of the row holds half of a character, which no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"{name}: holds {half!a}, which is half of a character. Write the text again as UTF-8, or remove "
+            "the row."
+        ) from None
 
 
 class JsonLines:
@@ -53,7 +72,7 @@ class JsonLines:
             file.seek(self.offsets[index])
             line = file.readline()
         try:
-            return number, json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{row_name(self.path, number)}: not valid JSON: {error.msg} at column {error.colno}. "
@@ -61,14 +80,23 @@ class JsonLines:
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{row_name(self.path, number)}: not UTF-8: {error}. Save it as UTF-8.") from None
+        except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+            name = row_name(self.path, number)
+            raise DataError(f"{name}: cannot be read: {error}. Mend or remove the row.") from None
+        if has_surrogate_marks(line):
+            require_characters(row, row_name(self.path, number))
+        return number, row
 
 
 class JsonArray:
     """A .json file: one array of rows."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
+        content = Path(path).read_bytes()
+        self.is_suspect = has_surrogate_marks(content)
         try:
-            self.rows = json.loads(Path(path).read_bytes())
+            self.rows = json.loads(content)
         except json.JSONDecodeError as error:
             hint = (
                 "For one object per line, name the file .jsonl."
@@ -78,6 +106,8 @@ class JsonArray:
             raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}. {hint}") from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8: {error}. Save it as UTF-8.") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read: {error}. Mend the file.") from None
         if not isinstance(self.rows, list):
             raise DataError(
                 f"{path}: holds a {type(self.rows).__name__}, not a list. Write the rows as one JSON list."
@@ -87,6 +117,8 @@ class JsonArray:
         return len(self.rows)
 
     def read(self, index: int) -> tuple[int, Any]:
+        if self.is_suspect:
+            require_characters(self.rows[index], row_name(self.path, index))
         return index, self.rows[index]
 
 

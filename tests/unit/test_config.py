@@ -411,3 +411,15 @@ def test_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.strip() in ("", "0"), done.stderr
+
+
+def test_a_text_that_no_file_can_hold_is_a_fault():
+    for escape, shown in ((r"\0", r"\x00"), (r"\ud800", r"\ud800")):
+        assert faults(change("runs/a", f'"runs/{escape}a"')) == [
+            rf"c.yaml:11: output: 'runs/{shown}a' holds '{shown}'. Write it without."
+        ]
+    key = r"c.yaml: top level: 'out\x00put' holds '\x00'. Write it without."
+    assert key in faults(change("output:", r'"out\0put":'))
+    assert faults(GOOD, "output=\ud800") == [
+        r"""override "output=?": output=?: 'output=\ud800' holds '\ud800'. Write it without."""
+    ]

@@ -459,3 +459,36 @@ def test_the_examples_of_the_documentation_are_rows() -> None:
     assert len(blocks) >= 4
     for block in blocks:
         assert read(json.loads(block)).messages[-1].role == "assistant"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_half_a_character_is_refused_and_a_whole_one_is_not(name: str, tmp_path: Path) -> None:
+    def read_texts(escape: bytes) -> Conversation:
+        row = b'{"prompt": "a' + escape + b'", "completion": "b"}'
+        path = tmp_path / name
+        path.write_bytes(row if name == "rows.jsonl" else b"[" + row + b"]")
+        return open_rows([path])[0]
+
+    grin = "\N{GRINNING FACE}"
+    whole = (rb"\ud83d\ude00", grin.encode()), ("\uac00".encode(), "\uac00".encode())
+    for escape, text in whole:
+        assert read_texts(escape).messages[0].contents == (Text("a" + text.decode()),)
+    for half in (rb"\ud83d", rb"\uDE00x", b"\xed\xa0\x80"):
+        with pytest.raises(DataError, match="half of a character"):
+            read_texts(half)
+
+
+def test_a_data_url_and_a_role_of_the_wrong_kind_are_named() -> None:
+    with pytest.raises(DataError, match=r"images\[0\]: the data: URL is broken"):
+        read({"prompt": "<image>", "completion": "A", "image": "data:image/png;base64,\xe9"})
+    with pytest.raises(DataError, match=r"conversations\[0\]: role \['human'\] is not one of"):
+        read({"conversations": [{"from": ["human"], "value": "Q"}, {"from": "gpt", "value": "A"}]})
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "1" * 5000])
+def test_what_python_cannot_hold_is_a_data_error(name: str, value: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(f"[{value}]")
+    with pytest.raises(DataError, match="cannot be read"):
+        open_rows([path])[0]
