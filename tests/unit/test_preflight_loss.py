@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from partwise.config import load_config
 from partwise.data.collate import collate
 from partwise.preflight import Context
-from partwise.preflight.doctor import attention, diagnose, float32_weights, put_first
+from partwise.preflight.doctor import attention, diagnose, float32_weights, put_first, try_attention
 from partwise.preflight.loss import check_loss, judge_images, judge_loss, make_patient, usable_rows
 from partwise.preflight.measure import (
     Patient,
@@ -237,6 +237,17 @@ def test_attention_is_put_back_in_every_part(seer: Patient) -> None:
     with attention(seer.model, "eager"):
         assert config.vision_config._attn_implementation == "eager"
     assert (config.text_config._attn_implementation, config.vision_config._attn_implementation) == before
+
+
+def test_a_model_with_one_attention_is_not_tried_with_another(
+    reader: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(implementation: str | dict) -> None:
+        if implementation == "eager":
+            raise ValueError("this model has no eager attention")
+
+    monkeypatch.setattr(reader.model, "set_attn_implementation", refuse)
+    assert list(try_attention(reader, mean_loss(reader))) == []
 
 
 def needs_normalised_pixels(patient: Patient) -> None:
