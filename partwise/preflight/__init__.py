@@ -15,9 +15,11 @@ from partwise.preflight.context import Context
 from partwise.preflight.copies import check_duplicates, check_overlap
 from partwise.preflight.images import check_image_tokens, check_images
 from partwise.preflight.loss import check_loss
+from partwise.preflight.memory import check_memory
 from partwise.preflight.model import check_model
 from partwise.preflight.output import check_disk, check_output
 from partwise.preflight.plan import check_plan
+from partwise.preflight.precision import check_precision
 from partwise.preflight.rows import check_rows, check_targets, check_template
 from partwise.preflight.step import check_step
 from partwise.preflight.text import check_bos, check_end_of_turn, check_lengths, check_overlong
@@ -37,8 +39,8 @@ ROW_CHECKS: list[Check] = [
     check_duplicates,
     check_overlap,
 ]
-CHECKS: list[Check] = [check_output, check_model, check_plan, check_disk, *ROW_CHECKS]
-MODEL_CHECKS: list[Check] = [check_step, check_loss]
+CHECKS: list[Check] = [check_output, check_model, check_plan, check_disk, *ROW_CHECKS, check_memory]
+MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss]
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]
 

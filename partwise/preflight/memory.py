@@ -23,9 +23,12 @@ from partwise.preflight.context import Context
 from partwise.records import Finding
 from partwise.tables import format_bytes
 
-# The estimate was up to a tenth away from measured peaks (docs/memory.md).
+# What the estimate leaves for the CUDA context and the gaps between tensors (docs/memory.md).
 GPU_WARNING_FRACTION = 0.9
 CPU_WARNING_FACTOR = 1.5
+
+# What a forward pass of shapes raises in models that branch on values, or whose tower takes other inputs.
+UNPREDICTED = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def check_memory(context: Context) -> list[Finding]:

@@ -1,0 +1,122 @@
+"""The memory estimate: exact where tensors can be counted, and the fix that it computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from partwise.config import load_config
+from partwise.model.estimate import RowShape, estimate_footprint, planned_model
+from partwise.model.trace import saved_bytes
+from partwise.preflight import Context, memory
+from partwise.training.job import Job
+from partwise.training.optim import Optimizer
+
+ROW = RowShape(num_tokens=64, num_target_tokens=16, tile_shape=(3, 56, 56), num_tiles=1)
+
+
+@pytest.fixture
+def job(tiny_folder, tmp_path, make_image):
+    def make(family: str, parts: str, *overrides: str) -> Job:
+        make_image().save(tmp_path / "a.png")
+        messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "images": ["a.png"]}) + "\n")
+        path = tmp_path / "config.yaml"
+        path.write_text(
+            f"model: {{path: {tiny_folder(family)}}}\nparts: {parts}\n"
+            f"data: {{train: {tmp_path / 'rows.jsonl'}, num_workers: 0}}\noutput: {tmp_path / 'run'}\n"
+        )
+        return Job(load_config(path, overrides))
+
+    return make
+
+
+def footprint(made: Job, row: RowShape = ROW):
+    model = planned_model(made.config.model, made.plan)
+    return estimate_footprint(model, made.plan, row, made.config.model.attention)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("parts", ["{language_model: lora}", "{vision_tower: full, language_model: full}"])
+def test_fixed_bytes_are_those_of_the_real_model_and_optimizer(job, parts, dtype) -> None:
+    made = job("gemma3", parts, f"model.dtype={dtype}")
+    model = made.open_model().model
+    optimizer = Optimizer(model, made.plan, made.config.train, 1)
+    weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters())
+    masters = sum(m.nbytes for n, m in optimizer.masters.items() if m is not optimizer.parameters[n])
+    trained = sum(m.numel() for m in optimizer.masters.values())
+    assert footprint(made).fixed_bytes == weights + masters + 12 * trained
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "llava-next", "qwen2.5-vl"])
+def test_every_family_is_predicted_and_checkpointing_keeps_less(job, family) -> None:
+    made = job(family, "{vision_tower: full, projector: full, language_model: full}")
+    row = memory.longest_row(Context(made))
+    assert row is not None and row.num_tiles >= 1
+    result = footprint(made, row)
+    assert 0 < result.activations_bytes(1, True) < result.activations_bytes(1, False)
+    assert result.activations_bytes(3, False) == 3 * result.activations_bytes(1, False)
+
+
+def test_a_text_model_has_no_tower(job) -> None:
+    result = footprint(job("llama", "{language_model: lora}"), RowShape(64, 16))
+    assert result.tower.all_bytes == 0 and result.decoder.all_bytes > 0
+
+
+def test_frozen_lower_layers_keep_nothing(job) -> None:
+    upper = footprint(job("gemma3", '{language_model: {mode: lora, layers: "-1:"}}'))
+    assert upper.decoder.all_bytes < footprint(job("gemma3", "{language_model: lora}")).decoder.all_bytes
+
+
+def test_eager_attention_keeps_its_scores(job) -> None:
+    eager = footprint(job("gemma3", "{language_model: lora}", "model.attention=eager"))
+    assert eager.decoder.all_bytes > footprint(job("gemma3", "{language_model: lora}")).decoder.all_bytes
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_weight() -> None:
+    linear = torch.nn.Linear(8, 8, device="meta")
+    x = torch.empty(4, 8, device="meta", requires_grad=True)
+    assert saved_bytes(linear, lambda: linear(x) * linear(x).detach().view(4, 8)) == 2 * 4 * 8 * 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_number_of_rows_is_the_last_that_fits(job, checkpointing) -> None:
+    result = footprint(job("gemma3", "{language_model: full}"))
+    limit = result.peak_bytes(3, checkpointing) + 1
+    assert result.largest_num_rows(limit, checkpointing, most=8) == 3
+    assert result.largest_num_rows(1, checkpointing, most=8) == 0
+
+
+def error_of(made: Job, monkeypatch, limit: int):
+    monkeypatch.setattr(memory, "device_bytes", lambda device: limit)
+    made.__dict__["device"] = torch.device("cuda")
+    (finding,) = memory.check_memory(Context(made))
+    return finding
+
+
+def test_too_many_rows_for_a_gpu_is_an_error_with_what_fits(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "train.micro_batch_size=8")
+    row = memory.longest_row(Context(made))
+    finding = error_of(made, monkeypatch, int(footprint(made, row).peak_bytes(3, False) / 0.9) + 9)
+    assert finding.level == "error"
+    assert "train.micro_batch_size: 3, or train.gradient_checkpointing: true" in finding.fix
+
+
+def test_lora_is_advised_only_where_full_does_not_fit(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "train.micro_batch_size=1")
+    finding = error_of(made, monkeypatch, int(footprint(made).fixed_bytes * 0.7))
+    assert finding.fix.startswith("Set parts.language_model: lora. This would fit: train.micro_batch_size: 1")
+    assert "Nothing less fits" in error_of(made, monkeypatch, 1000).fix
+
+
+def test_the_check_needs_no_weights(job, tiny_folder, tmp_path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for file in Path(tiny_folder("gemma3")).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    (finding,) = memory.check_memory(Context(job("gemma3", "{language_model: lora}", f"model.path={folder}")))
+    assert finding.level == "info" and finding.values["peak_bytes"] > 0
