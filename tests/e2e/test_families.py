@@ -201,7 +201,7 @@ def test_a_talk_goes_on_after_a_question_that_cannot_be_asked(tiny_folder, rows,
     questions = iter(["Is <end_of_turn> a word?", "What color?", ""])
     run_chat(tiny_folder("gemma3"), [str(rows / "a é 0.png")], None, 2, read=lambda _: next(questions))
     told = capsys.readouterr()
-    assert told.err.count("error:") == 1 and '"<end_of_turn>", a control token' in told.err
+    assert told.err.count("error:") == 1 and '"<end_of_turn>" at character' in told.err
 
 
 def test_chat_names_an_image_or_folder_that_is_not_there(tiny_folder, tmp_path, run_cli) -> None:
