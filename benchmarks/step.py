@@ -163,7 +163,8 @@ def run_cell(name: str, folder: Path) -> dict:
     }
     if done.returncode:
         return row | {"error": done.stderr.strip()[-600:]}
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [record for record in records if "loss" in record]
     measured = lines[NUM_WARMUP_STEPS:]
     seconds = [line["step_seconds"] for line in measured]
     rates = [line["num_input_tokens"] / line["step_seconds"] for line in measured]

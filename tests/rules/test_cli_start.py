@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 PARTWISE = Path(sys.executable).with_name("partwise")
 
 
 def test_help_answers_at_once() -> None:
+    """In processor time, which other processes on the machine do not lengthen; it never waits for anything."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([PARTWISE, "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "part by part" in done.stdout
     assert min(seconds) < 0.3, seconds
 
