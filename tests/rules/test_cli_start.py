@@ -11,7 +11,7 @@ PARTWISE = Path(sys.executable).with_name("partwise")
 
 
 def test_help_answers_at_once() -> None:
-    """In processor time, which other processes on the machine do not lengthen; it never waits for anything."""
+    """In processor time, which other processes on the machine do not lengthen."""
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
