@@ -16,13 +16,11 @@ from partwise.training.job import Job
 
 
 class Context:
-    """`max_rows` None reads every row. `loaded` may be given when the caller has the model already."""
+    """`max_rows` None reads every row."""
 
-    def __init__(self, job: Job, max_rows: int | None = None, loaded: LoadedModel | None = None) -> None:
+    def __init__(self, job: Job, max_rows: int | None = None) -> None:
         self.job = job
         self.max_rows = max_rows
-        if loaded is not None:
-            self.loaded = loaded
 
     @property
     def config(self) -> Config:
