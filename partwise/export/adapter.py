@@ -15,9 +15,10 @@ from peft import PeftModel
 
 from partwise.config import ModelConfig
 from partwise.errors import CheckpointError
+from partwise.lineage.fingerprint import base_fingerprint
+from partwise.lineage.manifest import read_manifest
 from partwise.model.folder import find_model_folder, read_json
 from partwise.model.load import LoadedModel, load_model, load_processor
-from partwise.training.checkpoint import base_fingerprint, read_manifest
 
 
 def is_adapter(folder: Path) -> bool:

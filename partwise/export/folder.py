@@ -12,8 +12,9 @@ import torch
 
 from partwise.errors import CheckpointError
 from partwise.export.adapter import base_path, is_adapter, merge_adapter
+from partwise.lineage.manifest import read_manifest
+from partwise.lineage.publish import write_manifest
 from partwise.model.load import load_model_config
-from partwise.training.checkpoint import read_manifest, write_manifest
 
 
 def final_folder(run: Path) -> Path:

@@ -16,14 +16,13 @@ import torch
 from rich.console import Console
 
 from partwise.config import Config
+from partwise.lineage.manifest import make_manifest, stamp_manifest
 from partwise.model.parts import set_train_mode, verify_plan
 from partwise.records import PartsPlan, StepData, StepMetrics
 from partwise.training.checkpoint import (
     load_checkpoint,
-    make_manifest,
     rotate_checkpoints,
     save_checkpoint,
-    stamp_manifest,
 )
 from partwise.training.engine import peak_memory_bytes, seed_everything
 from partwise.training.fault import explain_fault

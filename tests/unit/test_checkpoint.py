@@ -11,19 +11,16 @@ import torch
 
 from partwise.config import Config, ModelConfig
 from partwise.errors import CheckpointError, TrainingError
+from partwise.lineage.fingerprint import base_fingerprint, fingerprint_files
+from partwise.lineage.manifest import make_manifest, read_manifest, stamp_manifest
 from partwise.model.load import load_model
 from partwise.model.parts import apply_plan, resolve_plan
 from partwise.training.checkpoint import (
-    base_fingerprint,
-    fingerprint_files,
     load_checkpoint,
-    make_manifest,
     newest_checkpoint,
-    read_manifest,
     rotate_checkpoints,
     save_checkpoint,
     save_final,
-    stamp_manifest,
 )
 from partwise.training.optim import Optimizer
 
