@@ -1,6 +1,8 @@
 """partwise.json: what a folder is, what it was made from, and how.
 
-In: a model, its plan and data files. Out: the manifest as a dict. publish.py writes it beside the weights.
+In: a plan, the records of what it starts from, and data files. Out: the manifest as a dict. publish.py writes
+it beside the weights. A record is what a folder's children keep of it: enough to tell the whole ancestry
+when the folders themselves are gone.
 """
 
 from __future__ import annotations
@@ -10,24 +12,23 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from partwise.errors import CheckpointError
-from partwise.lineage.fingerprint import base_fingerprint, fingerprint_files
+from partwise.lineage.fingerprint import Fingerprint, fingerprint_files
 from partwise.records import PartPlan, PartsPlan
 
-if TYPE_CHECKING:
-    from partwise.model.load import LoadedModel
-
 MANIFEST = "partwise.json"
-FORMAT = 1
+FORMAT = 2
+# What a record takes over from its folder's manifest.
+RECORDED = ("kind", "step", "created", "data", "weights", "accepted_base", "parents")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder that Partwise wrote; None for other folders and torn ones.
 
     Raises:
-        CheckpointError: the manifest is broken, or of a newer version.
+        CheckpointError: the manifest is broken, or of another version.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -46,17 +47,32 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def make_manifest(loaded: LoadedModel, plan: PartsPlan, data_files: Iterable[str]) -> dict[str, Any]:
-    """What a run's checkpoints come from: base and data with fingerprints, plan, versions."""
+def make_manifest(
+    plan: PartsPlan,
+    base: dict[str, Any],
+    data_files: Iterable[str],
+    adapter: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a run's checkpoints are and come from: records of its base, and of an adapter it goes on with."""
     files = [Path(file) for file in data_files]
     return {
         "format": FORMAT,
         "kind": "adapter" if plan.has_adapters else "full",
-        "base": {"path": loaded.name, "fingerprint": base_fingerprint(loaded.path)},
+        "base": {key: base[key] for key in ("path", "fingerprint", "parts")},
+        "parents": [adapter or base],
         "plan": {part.part: summarize_part(part) for part in plan.parts},
         "data": {"files": [str(file) for file in files], "fingerprint": fingerprint_files(files)},
         "versions": {name: version(name) for name in ("partwise", "torch", "transformers", "peft")},
     }
+
+
+def make_record(name: str, fingerprint: Fingerprint, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """What children keep of a folder: its name and weights, and where it comes from, as far as it says."""
+    record: dict[str, Any] = {"path": name, "kind": "model"}
+    if manifest:
+        record |= {key: manifest[key] for key in RECORDED if key in manifest}
+        record["modes"] = {part: plan["mode"] for part, plan in manifest["plan"].items()}
+    return record | {"fingerprint": fingerprint.whole, "parts": fingerprint.parts}
 
 
 def stamp_manifest(manifest: dict[str, Any], step: int) -> dict[str, Any]:
