@@ -153,11 +153,7 @@ def run_cell(name: str, folder: Path) -> dict:
     row = {
         "cell": f"gemma-3-4b image questions, {name}",
         "command": f"python benchmarks/step.py OUT.jsonl {name}",
-        "commit": git_commit(),
-        "hardware": torch.cuda.get_device_name(),
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft")}
-        | {"python": platform.python_version()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_machine(),
         "micro_batch_size": config["train"]["micro_batch_size"],
         "gradient_checkpointing": config["train"].get("gradient_checkpointing", False),
     }
@@ -180,6 +176,18 @@ def run_cell(name: str, folder: Path) -> dict:
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
+    }
+
+
+def describe_machine() -> dict:
+    """What every row says of where it was measured."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "commit": git_commit(),
+        "hardware": torch.cuda.get_device_name() if has_gpu else f"{platform.machine()} CPU",
+        "versions": {n: version(n) for n in ("torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
