@@ -67,6 +67,15 @@ CELLS = {
         "parts": {"projector": "full", "language_model": "full"},
         "train": {"gradient_checkpointing": True},
     },
+    # Beside the cells that log every step, what watching a step costs.
+    "lora-log-every-3": {
+        "parts": {"language_model": {"mode": "lora", "lora_rank": 16}},
+        "train": {"log_every": 3},
+    },
+    "full-checkpointing-log-every-3": {
+        "parts": {"projector": "full", "language_model": "full"},
+        "train": {"gradient_checkpointing": True, "log_every": 3},
+    },
     "all-full-checkpointing": {
         "parts": {"vision_tower": "full", "projector": "full", "language_model": "full"},
         "train": {"gradient_checkpointing": True},
@@ -161,7 +170,7 @@ def run_cell(name: str, folder: Path) -> dict:
         return row | {"error": done.stderr.strip()[-600:]}
     records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     lines = [record for record in records if "loss" in record]
-    measured = lines[NUM_WARMUP_STEPS:]
+    measured = [line for line in lines if line["step"] > NUM_WARMUP_STEPS]
     seconds = [line["step_seconds"] for line in measured]
     rates = [line["num_input_tokens"] / line["step_seconds"] for line in measured]
     return row | {
@@ -170,6 +179,7 @@ def run_cell(name: str, folder: Path) -> dict:
         "tokens_per_second_min": round(min(rates)),
         "tokens_per_second_max": round(max(rates)),
         "step_seconds_median": round(statistics.median(seconds), 4),
+        "step_seconds_mean": round(statistics.mean(seconds), 4),
         "data_wait_seconds_median": round(
             statistics.median(line["data_wait_seconds"] for line in measured), 4
         ),
