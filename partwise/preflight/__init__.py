@@ -23,6 +23,7 @@ from partwise.preflight.precision import check_precision
 from partwise.preflight.rows import check_rows, check_targets, check_template
 from partwise.preflight.step import check_step
 from partwise.preflight.text import check_bos, check_end_of_turn, check_lengths, check_overlong
+from partwise.preflight.time import check_time
 from partwise.records import Finding
 
 Check = Callable[[Context], list[Finding]]
@@ -40,7 +41,7 @@ ROW_CHECKS: list[Check] = [
     check_overlap,
 ]
 CHECKS: list[Check] = [check_output, check_model, check_plan, check_disk, *ROW_CHECKS, check_memory]
-MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss]
+MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_time]
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]
 

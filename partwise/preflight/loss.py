@@ -11,7 +11,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from partwise.preflight.context import Context
@@ -26,7 +25,7 @@ from partwise.preflight.measure import (
     unigram_entropy,
 )
 from partwise.preflight.patient import make_patient
-from partwise.preflight.probe import examples_at, usable_rows
+from partwise.preflight.probe import examples_at, spread, usable_rows
 from partwise.records import IGNORE_INDEX, Example, Finding
 
 # Rows whose labels are counted, rows whose loss is computed, and images that are exchanged.
@@ -57,11 +56,6 @@ def check_loss(context: Context) -> list[Finding]:
     patient = make_patient(context, spread(places, NUM_ROWS))
     findings = judge_loss(patient, entropy)
     return findings + judge_images(patient, entropy, learned=has_learned(patient.model))
-
-
-def spread(items: list[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 def judge_loss(patient: Patient, entropy: float) -> list[Finding]:
