@@ -43,7 +43,7 @@ UNMOVED = 0.02
 
 
 def check_loss(context: Context) -> list[Finding]:
-    """Findings on the first loss of a few rows; the model is as before.
+    """The first loss beside what a guess costs; the cause where it is too high; whether images change it.
 
     Raises:
         DataError: a row has changed since it was scanned.
@@ -79,7 +79,9 @@ def judge_loss(patient: Patient, entropy: float) -> list[Finding]:
     causes = CAUSES if is_high else [try_other_rows, try_scale]
     if trials := diagnose(patient, loss, causes):
         best = trials[0]
-        named = f"{text}. {best.cause}: {best.before:.3f} became {best.after:.3f} without that"
+        named = (
+            f"{text}. Likely cause: {best.cause}: {best.before:.3f} became {best.after:.3f} with that undone"
+        )
         return [Finding("loss", "warning", named, where, best.fix, values | {"loss_after": best.after})]
     if not is_high:
         return [Finding("loss", "info", text, where, values=values)]

@@ -16,7 +16,7 @@ from partwise.training.checkpoint import is_adapter_run
 
 
 def check_config(context: Context) -> list[Finding]:
-    """The config, written out as the run folder keeps it, reads back as the same; the keys that count.
+    """The config reads back as the same when it is written to the run folder, so that a run can be resumed.
 
     Raises:
         ConfigError: it reads back as another one, so that the run could not be resumed.
@@ -27,7 +27,7 @@ def check_config(context: Context) -> list[Finding]:
         file.write_text(dump_config(config), encoding="utf-8")
         if load_config(file) != config:
             raise ConfigError("the config written out is not the same when it is read: report this as a bug.")
-    return [Finding("config", "info", "the config reads back as the same when the run folder keeps it")]
+    return [Finding("config", "info", "the config reads back as the same")]
 
 
 def check_output(context: Context) -> list[Finding]:

@@ -146,7 +146,7 @@ def assert_named(patient: Patient, words: str) -> None:
     finding = judged(patient)
     assert finding.level == "warning" and words in finding.message, finding.message
     assert finding.values["loss_after"] < 0.2 and finding.fix
-    assert re.search(rf"{words}.*: (\d+\.\d+|nan|inf) became 0\.\d+ without that", finding.message)
+    assert re.search(rf"{words}.*: (\d+\.\d+|nan|inf) became 0\.\d+ with that undone", finding.message)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
