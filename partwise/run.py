@@ -7,25 +7,23 @@ again is an error, or goes on from its newest whole checkpoint with resume.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from partwise.config import Config, dump_config, load_config
-from partwise.errors import CheckpointError, ConfigError, TrainingError
+from partwise.config import Config, dump_config
+from partwise.errors import ConfigError, TrainingError
 from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
+from partwise.preflight.resume import find_start
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
-from partwise.training.checkpoint import newest_checkpoint, save_final
+from partwise.training.checkpoint import save_final
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
 
-# Keys that may differ between a run and its resumption: none of them changes what is learned.
-FREE_KEYS = ("data.num_workers", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last")
 CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
 
@@ -110,48 +108,6 @@ def show_plan(job: Job, console: Console) -> None:
     console.print(plan_table(job.plan))
     for line in held_lines(job.plan):
         console.print(line)
-
-
-def find_start(folder: Path, config: Config, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None to start at step 0.
-
-    Raises:
-        ConfigError: the folder holds a run already and `resume` is not set, or there is nothing to resume.
-        CheckpointError: the run was started with another config.
-    """
-    saved = folder / "config.yaml"
-    if not resume:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ConfigError(
-                f"{config.where('output')}: output: {folder} holds files already and is left as it is. "
-                "Add --resume to go on with that run, or choose another output."
-            )
-        return None
-    if not saved.is_file():
-        raise ConfigError(f"--resume: {folder} holds no run to go on with. Leave --resume out to start one.")
-    if (folder / "final" / "partwise.json").is_file():
-        raise ConfigError(f"--resume: {folder} is finished: {folder / 'final'} is its result.")
-    if changed := list(changed_keys(load_config(saved), config)):
-        raise CheckpointError(
-            f"--resume: {folder} was started with another config. Put these back, or choose another output: "
-            + "; ".join(changed)
-        )
-    return newest_checkpoint(folder)
-
-
-def changed_keys(old: Config, new: Config) -> Iterator[str]:
-    """ "train.seed was 0, is 1" for each key that differs and changes what is learned."""
-    before, after = flatten(old.model_dump()), flatten(new.model_dump())
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and key not in FREE_KEYS:
-            yield f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def write_run_folder(folder: Path, job: Job, findings: list[Finding]) -> None:

@@ -30,6 +30,24 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 2**10:.0f} KiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """A time for reading, in its two largest units: 4_800 -> "1 h 20 min", 0.0123 -> "12 ms"."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.2g} ms"
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"
+
+
 def plan_table(plan: PartsPlan) -> Table:
     """What each part does in this run: mode, parameters, learning rate, adapters, tensors held back.
 

@@ -18,12 +18,14 @@ from partwise.preflight.lineage import check_lineage
 from partwise.preflight.loss import check_loss
 from partwise.preflight.memory import check_memory
 from partwise.preflight.model import check_model
-from partwise.preflight.output import check_disk, check_output
+from partwise.preflight.output import check_config, check_disk, check_output
 from partwise.preflight.plan import check_plan
 from partwise.preflight.precision import check_precision
+from partwise.preflight.resume import check_resume
 from partwise.preflight.rows import check_rows, check_targets, check_template
 from partwise.preflight.step import check_step
 from partwise.preflight.text import check_bos, check_end_of_turn, check_lengths, check_overlong
+from partwise.preflight.time import check_time
 from partwise.records import Finding
 
 Check = Callable[[Context], list[Finding]]
@@ -41,15 +43,17 @@ ROW_CHECKS: list[Check] = [
     check_overlap,
 ]
 CHECKS: list[Check] = [
+    check_config,
     check_output,
     check_model,
     check_plan,
+    check_resume,
     check_lineage,
     check_disk,
     *ROW_CHECKS,
     check_memory,
 ]
-MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss]
+MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_time]
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]
 

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partwise.preflight.measure import Patient, change_pixels, keep_tokens, mean_loss, with_labels
+from partwise.preflight.measure import (
+    Patient,
+    change_pixels,
+    keep_tokens,
+    mean_loss,
+    training_loss,
+    with_labels,
+)
 from partwise.records import IGNORE_INDEX, Example
 
 # Undoing a cause must win this much: in nats, and as a part of the loss before.
@@ -159,13 +166,14 @@ def mask_labels(patient: Patient, masks: list[Tensor]) -> list[Example]:
 
 
 def try_scale(patient: Patient, before: float) -> Iterator[Trial]:
-    """The mean over target tokens, where training reports a multiple of it."""
-    if patient.reported is None or patient.num_micro_batches < 2 or not before > 0:
+    """The mean over target tokens, where a training step reports a multiple of it."""
+    number = len(patient.micro_batches)
+    if number < 2 or not before > 0:
         return
-    ratio = patient.reported / before
-    if abs(ratio - patient.num_micro_batches) < 0.02 * patient.num_micro_batches:
-        cause = f"the loss is multiplied by the {patient.num_micro_batches} micro-batches of the step"
-        yield Trial(cause, patient.reported, before, "Divide the sum by the target tokens of the whole step.")
+    reported = training_loss(patient)
+    if abs(reported / before - number) < 0.02 * number:
+        cause = f"a training step multiplies the loss by its {number} micro-batches"
+        yield Trial(cause, reported, before, "Divide the sum by the target tokens of the whole step.")
 
 
 def try_attention(patient: Patient, before: float) -> Iterator[Trial]:

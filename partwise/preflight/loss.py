@@ -11,24 +11,21 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from partwise.data.chat import ChatFormat
-from partwise.data.template import tokenizer_of
-from partwise.errors import UserError
-from partwise.model.load import load_processor
 from partwise.preflight.context import Context
-from partwise.preflight.doctor import CAUSES, diagnose, try_other_rows
+from partwise.preflight.doctor import CAUSES, diagnose, try_other_rows, try_scale
 from partwise.preflight.measure import (
     Patient,
     change_pixels,
     has_learned,
+    kind_losses,
     mean_loss,
     row_losses,
     unigram_entropy,
 )
-from partwise.preflight.probe import conversation_at, examples_at, usable_rows
+from partwise.preflight.patient import make_patient
+from partwise.preflight.probe import examples_at, spread, usable_rows
 from partwise.records import IGNORE_INDEX, Example, Finding
 
 # Rows whose labels are counted, rows whose loss is computed, and images that are exchanged.
@@ -46,7 +43,7 @@ UNMOVED = 0.02
 
 
 def check_loss(context: Context) -> list[Finding]:
-    """Findings on the first loss of a few rows; the model is as before.
+    """The first loss beside what a guess costs; the cause where it is too high; whether images change it.
 
     Raises:
         DataError: a row has changed since it was scanned.
@@ -61,76 +58,34 @@ def check_loss(context: Context) -> list[Finding]:
     return findings + judge_images(patient, entropy, learned=has_learned(patient.model))
 
 
-def spread(items: list[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
-
-
-def make_patient(context: Context, places: list[int]) -> Patient:
-    job = context.job
-    examples = examples_at(context, places)
-    tokenizer = tokenizer_of(job.processor)
-    special = tokenizer.convert_tokens_to_ids(list(job.chat_format.special_tokens))
-    bos = tokenizer.bos_token_id
-    return Patient(
-        model=context.loaded.model,
-        examples=tuple(examples),
-        device=job.device,
-        pad_token_id=job.pad_token_id,
-        bos_token_id=None if bos == tokenizer.eos_token_id else bos,
-        special_ids=frozenset(special),
-        media_ids=job.chat_format.media_token_ids,
-        answers=tuple(example.labels != IGNORE_INDEX for example in examples),
-        others=other_rows(context, places),
-        pixel_stats=pixel_stats(job.processor),
-    )
-
-
-def other_rows(context: Context, places: list[int]) -> dict[str, tuple[Example, ...]]:
-    """The rows as the model folder's own chat template writes them, where the config names another."""
-    job, model, data = context.job, context.config.model, context.config.data
-    if model.chat_template is None:
-        return {}
-    try:
-        processor = load_processor(model.path, model.trust_remote_code)
-        own = ChatFormat(processor, job.chat_format.media_token_ids, data.max_seq_len, data.overlong)
-        results = [own(conversation_at(context, place)) for place in places]
-    except UserError:  # the folder has no template, or it refuses the rows: nothing to compare with
-        return {}
-    examples = tuple(result for result in results if isinstance(result, Example))
-    return {"the chat template of the model folder": examples} if examples else {}
-
-
-def pixel_stats(processor: Any) -> tuple[float, float] | None:
-    """Mean and deviation of the image processor, over the channels."""
-    image_processor = getattr(processor, "image_processor", None)
-    mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
-    return (float(np.mean(mean)), float(np.mean(std))) if mean and std else None
-
-
 def judge_loss(patient: Patient, entropy: float) -> list[Finding]:
     """The loss in one line, and where it is clearly off the cause, or that none was found."""
     loss = mean_loss(patient)
     uniform = math.log(patient.model.get_output_embeddings().weight.shape[0])
-    told = patient.reported if patient.reported is not None else loss
     where = f"{len(patient.examples)} rows"
-    values = {"loss": told, "uniform": uniform, "unigram_entropy": entropy}
+    values: dict[str, Any] = {"loss": loss, "uniform": uniform, "unigram_entropy": entropy}
     text = (
-        f"the first loss is {told:.3f} (a uniform guess costs {uniform:.3f}, knowing only how often each "
+        f"the first loss is {loss:.3f} (a uniform guess costs {uniform:.3f}, knowing only how often each "
         f"label comes {entropy:.3f})"
     )
     if not has_learned(patient.model):
         text = f"the model starts from random weights: {text}"
         return [Finding("loss", "info", text, where, values=values)]
-    is_high = not told <= min(entropy + HIGH_BY, HIGH)
-    causes = CAUSES if is_high else [try_other_rows]
+    is_high = not loss <= min(entropy + HIGH_BY, HIGH)
+    values["by_token"] = kind_losses(patient)
+    if is_high:
+        kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in values["by_token"].items())
+        text = f"{text}; by kind of token: {kinds}"
+    causes = CAUSES if is_high else [try_other_rows, try_scale]
     if trials := diagnose(patient, loss, causes):
         best = trials[0]
-        named = f"{text}. {best.cause}: {best.before:.3f} became {best.after:.3f} without that"
+        named = (
+            f"{text}. Likely cause: {best.cause}: {best.before:.3f} became {best.after:.3f} with that undone"
+        )
         return [Finding("loss", "warning", named, where, best.fix, values | {"loss_after": best.after})]
     if not is_high:
         return [Finding("loss", "info", text, where, values=values)]
-    if not math.isfinite(told) or told > uniform - LIKE_UNIFORM:
+    if not math.isfinite(loss) or loss > uniform - LIKE_UNIFORM:
         text = f"{text}: the model is trained, but does no better here than a random one"
         fix = "Look at `partwise preview`; check that weights and tokenizer belong together."
         return [Finding("loss", "warning", text, where, fix, values)]

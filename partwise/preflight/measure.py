@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from partwise.data.collate import collate
 from partwise.model.head import logit_softcap, token_loss_sum
 from partwise.preflight.probe import measuring
-from partwise.records import IGNORE_INDEX, Example
-from partwise.training.step import model_inputs
+from partwise.records import IGNORE_INDEX, Batch, Example
+from partwise.training.step import accumulate_loss, model_inputs
 
 
 @dataclass(frozen=True)
 class Patient:
     """A model with rows on which its loss is measured, and what is known of how the rows were made.
 
-    `answers` says of each token of each example whether the chat template wrote it as an answer. `reported`
-    is the loss that training would log for the rows, made of `num_micro_batches`. `others` are the same rows
-    made in another way, by the words for it. `pixel_stats` are mean and deviation that the image processor
-    normalises with.
+    `answers` says of each token of each example whether it belongs to the text of an answer.
+    `micro_batches` are the same examples as training would batch them, for the loss that it would report.
+    `others` are the same rows made in another way, by the words for it. `pixel_stats` are mean and deviation
+    that the image processor normalises with.
     """
 
     model: Any
@@ -40,8 +40,7 @@ class Patient:
     special_ids: frozenset[int] = frozenset()
     media_ids: frozenset[int] = frozenset()
     answers: tuple[Tensor, ...] | None = None
-    reported: float | None = None
-    num_micro_batches: int = 1
+    micro_batches: tuple[Batch, ...] = ()
     others: dict[str, tuple[Example, ...]] = field(default_factory=dict)
     pixel_stats: tuple[float, float] | None = None
 
@@ -57,18 +56,64 @@ def mean_loss(
 
 def row_losses(patient: Patient, examples: Sequence[Example], head: nn.Module | None = None) -> list[float]:
     """The loss of each example, summed over its target tokens. `head` stands in for the model's own."""
-    model = patient.model
-    sums = []
-    with measuring(model):
-        for example in examples:
-            batch = collate([example], patient.pad_token_id)
-            hidden = model.base_model(**model_inputs(model, batch, patient.device)).last_hidden_state
-            if bool((batch.labels[:, 1:] != IGNORE_INDEX).any()):
-                own = head or model.get_output_embeddings()
-                sums.append(token_loss_sum(hidden, batch.labels, own, logit_softcap(model)).item())
-            else:
-                sums.append(0.0)
-    return sums
+    with measuring(patient.model):
+        return [
+            labels_loss(patient, hidden_states(patient, example), example.labels, head)
+            for example in examples
+        ]
+
+
+def hidden_states(patient: Patient, example: Example) -> Tensor:
+    """What the decoder gives for the example alone, (1, T, D)."""
+    batch = collate([example], patient.pad_token_id)
+    inputs = model_inputs(patient.model, batch, patient.device)
+    return patient.model.base_model(**inputs).last_hidden_state
+
+
+def labels_loss(patient: Patient, hidden: Tensor, labels: Tensor, head: nn.Module | None = None) -> float:
+    """The loss summed over the labels of one example, unshifted, (T,)."""
+    if not bool((labels[1:] != IGNORE_INDEX).any()):
+        return 0.0
+    head = head or patient.model.get_output_embeddings()
+    return token_loss_sum(hidden, labels[None], head, logit_softcap(patient.model)).item()
+
+
+def training_loss(patient: Patient) -> float:
+    """The loss that a training step over the patient's micro-batches would report, dropout aside."""
+    with measuring(patient.model):
+        return accumulate_loss(patient.model, patient.micro_batches, patient.device).item()
+
+
+def kind_losses(patient: Patient) -> dict[str, float]:
+    """Mean loss by kind of token, prompts included; kinds that do not come are left out."""
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    answers = patient.answers or [example.labels != IGNORE_INDEX for example in patient.examples]
+    with measuring(patient.model):
+        for example, answer in zip(patient.examples, answers, strict=True):
+            hidden = hidden_states(patient, example)
+            for kind, mask in token_kinds(patient, example, answer).items():
+                labels = example.input_ids.where(mask, IGNORE_INDEX)
+                sums[kind] += labels_loss(patient, hidden, labels)  # type: ignore[assignment]
+                counts[kind] += int(mask[1:].sum())
+    return {kind: sums[kind] / number for kind, number in counts.items() if number}
+
+
+def token_kinds(patient: Patient, example: Example, answer: Tensor) -> dict[str, Tensor]:
+    """Which tokens of the example are of each kind, (T,); images count only where they are labels."""
+    ids = example.input_ids
+    media = torch.isin(ids, torch.tensor(sorted(patient.media_ids), dtype=ids.dtype))
+    special = torch.isin(ids, torch.tensor(sorted(patient.special_ids), dtype=ids.dtype)) & ~media
+    word = ~special & ~media
+    follows = torch.cat([answer.new_zeros(1), answer[:-1]])
+    return {
+        "image": media & (example.labels != IGNORE_INDEX),
+        "control": special & ~answer,
+        "prompt": word & ~answer,
+        "first of the answer": word & answer & ~follows,
+        "rest of the answer": word & answer & follows,
+        "end of the answer": special & answer,
+    }
 
 
 def unigram_entropy(examples: Sequence[Example]) -> float:

@@ -1,16 +1,32 @@
-"""Can the run folder be written, and does it fit on the disk?"""
+"""Can the run folder be written, does the config in it read back, and does it all fit on the disk?"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from partwise.config import Config
+from partwise.config import Config, dump_config, load_config
 from partwise.errors import ConfigError
 from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
 from partwise.tables import format_bytes
+
+
+def check_config(context: Context) -> list[Finding]:
+    """The config reads back as the same when it is written to the run folder, so that a run can be resumed.
+
+    Raises:
+        ConfigError: it reads back as another one, so that the run could not be resumed.
+    """
+    config = context.config
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump_config(config), encoding="utf-8")
+        if load_config(file) != config:
+            raise ConfigError("the config written out is not the same when it is read: report this as a bug.")
+    return [Finding("config", "info", "the config reads back as the same")]
 
 
 def check_output(context: Context) -> list[Finding]:

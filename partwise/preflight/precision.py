@@ -45,7 +45,7 @@ def rate_finding(context: Context, part: PartPlan, weights: list[torch.Tensor]) 
     if settings is None or settings.learning_rate is None:
         key = "train.learning_rate"
     text = (
-        f"{key}: {part.learning_rate:g} moves a weight of {part.part} by about {update:.1g} of its size "
+        f"{key}: {part.learning_rate:g} moves a weight of {part.part} by about {update:.2g} of its size "
         f"({size:.2g}) in a step at the peak"
     )
     values = {"part": part.part, "update_fraction": update, "typical_weight": size}

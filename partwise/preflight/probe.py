@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from partwise.data.collate import collate
@@ -98,6 +99,11 @@ def longest_rows(context: Context, wanted: Callable[[ScannedRow], bool]) -> list
 def usable_rows(context: Context) -> list[int]:
     """Places in the scan of the rows that give an example."""
     return [i for i, row in enumerate(context.train_scan.rows) if row.dropped is None]
+
+
+def spread(items: list[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 def examples_at(context: Context, places: Sequence[int]) -> list[Example]:

@@ -45,26 +45,33 @@ class Gradients:
 
 
 def check_step(context: Context) -> list[Finding]:
-    """Findings of one step on the longest micro-batch, and where rows are mixed on text and on images alone.
+    """One real step on the longest rows: the loss is the model's own, gradients reach exactly what trains.
+
+    Where rows are mixed, also on a micro-batch of text and one with images.
 
     Raises:
         DataError: no row can be used.
     """
-    job, model = context.job, context.loaded.model
-    findings = list(check_own_loss(job, model, reference_batch(context)))
-    if any(finding.level == "error" for finding in findings):
-        return findings
     batches = probe_batches(context)
     try:
-        gradients, crossings = run_probes(job, model, batches)
+        return list(step_findings(context, batches))
     except torch.OutOfMemoryError:
         batch = batches[0]
         text = f"the longest micro-batch, {tuple(batch.input_ids.shape)} tokens, does not fit in memory"
         fix = "Lower train.micro_batch_size or data.max_seq_len, or set train.gradient_checkpointing: true."
-        return [*findings, Finding("step", "error", text, batch_rows(batch), fix)]
-    findings += check_gradients(job, gradients, batches)
-    findings += check_crossings(job, crossings, model.dtype, batches[0])
-    return findings
+        return [Finding("step", "error", text, batch_rows(batch), fix)]
+
+
+def step_findings(context: Context, batches: Sequence[Batch]) -> Iterator[Finding]:
+    """Raises: torch.OutOfMemoryError."""
+    job, model = context.job, context.loaded.model
+    own_loss = list(check_own_loss(job, model, reference_batch(context)))
+    yield from own_loss
+    if any(finding.level == "error" for finding in own_loss):
+        return
+    gradients, crossings = run_probes(job, model, batches)
+    yield from check_gradients(job, gradients, batches)
+    yield from check_crossings(job, crossings, model.dtype, batches[0])
 
 
 def reference_batch(context: Context) -> Batch:

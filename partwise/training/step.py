@@ -76,14 +76,7 @@ def train_step(
     Raises:
         TrainingError: a tensor of a part that this step must reach has never had a gradient.
     """
-    num_target_tokens = sum(batch.num_target_tokens for batch in step_data.batches)
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in step_data.batches:
-        loss = batch_loss_sum(model, batch, device) / num_target_tokens
-        # Text-only rows have no graph when only the vision side trains.
-        if loss.grad_fn is not None:
-            loss.backward()
-        total += loss.detach()
+    total = accumulate_loss(model, step_data.batches, device)
     gradients = observe_gradients(optimizer) if observe else None
     norms = optimizer.step(step_data.step, total)
     check_reached(optimizer, step_data)
@@ -93,10 +86,23 @@ def train_step(
         parts=tuple(norms),
         rows=tuple(row for batch in step_data.batches for row in batch.rows),
         num_input_tokens=sum(batch.num_input_tokens for batch in step_data.batches),
-        num_target_tokens=num_target_tokens,
+        num_target_tokens=sum(batch.num_target_tokens for batch in step_data.batches),
         dropped=step_data.dropped,
         observed=observe_update(optimizer, gradients) if gradients else None,
     )
+
+
+def accumulate_loss(model: PreTrainedModel, batches: Sequence[Batch], device: torch.device) -> Tensor:
+    """Forward and, where there is a graph, backward over micro-batches: the mean over all target tokens."""
+    num_target_tokens = sum(batch.num_target_tokens for batch in batches)
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for batch in batches:
+        loss = batch_loss_sum(model, batch, device) / num_target_tokens
+        # Text-only rows have no graph when only the vision side trains.
+        if loss.grad_fn is not None:
+            loss.backward()
+        total += loss.detach()
+    return total
 
 
 def batch_loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:

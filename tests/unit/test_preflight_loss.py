@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -19,17 +20,22 @@ from partwise.config import load_config
 from partwise.data.collate import collate
 from partwise.preflight import Context
 from partwise.preflight.doctor import attention, diagnose, float32_weights, put_first, try_attention
-from partwise.preflight.loss import check_loss, judge_images, judge_loss, make_patient, usable_rows
+from partwise.preflight.loss import check_loss, judge_images, judge_loss, usable_rows
 from partwise.preflight.measure import (
     Patient,
     change_pixels,
     has_learned,
     keep_tokens,
+    kind_losses,
     mean_loss,
+    token_kinds,
+    training_loss,
     unigram_entropy,
     with_labels,
 )
+from partwise.preflight.patient import make_patient, micro_batches
 from partwise.records import IGNORE_INDEX, Example, Finding
+from partwise.training import step
 from partwise.training.job import Job
 from partwise.training.step import batch_loss_sum
 
@@ -71,9 +77,14 @@ def open_context(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable
     return make
 
 
-def learned(context: Context, num_steps: int = 120) -> Patient:
+def learned(context: Context) -> Patient:
     """The context's model after it has learned the rows by heart."""
     patient = make_patient(context, usable_rows(context))
+    learn(patient)
+    return patient
+
+
+def learn(patient: Patient, num_steps: int = 120) -> None:
     model, batch = patient.model, collate(patient.examples, patient.pad_token_id)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     for _ in range(num_steps):
@@ -85,7 +96,6 @@ def learned(context: Context, num_steps: int = 120) -> Patient:
             break
     assert mean_loss(patient) < 0.1
     model.zero_grad(set_to_none=True)
-    return patient
 
 
 @pytest.fixture(scope="session")
@@ -121,13 +131,22 @@ def judged(patient: Patient) -> Finding:
 
 
 def changed(patient: Patient, change: Callable[[Example], Example]) -> Patient:
-    return replace(patient, examples=tuple(change(example) for example in patient.examples))
+    examples = tuple(change(example) for example in patient.examples)
+    return replace(patient, examples=examples, micro_batches=micro_batches(examples, 1, patient.pad_token_id))
+
+
+def all_labels(example: Example) -> Example:
+    labels = example.input_ids.clone()
+    labels[0] = IGNORE_INDEX
+    return with_labels(example, labels)
 
 
 def assert_named(patient: Patient, words: str) -> None:
+    """The cause stands in the text, with the loss before and after."""
     finding = judged(patient)
     assert finding.level == "warning" and words in finding.message, finding.message
     assert finding.values["loss_after"] < 0.2 and finding.fix
+    assert re.search(rf"{words}.*: (\d+\.\d+|nan|inf) became 0\.\d+ with that undone", finding.message)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -189,7 +208,7 @@ def test_labels_that_were_shifted_are_named(reader: Patient) -> None:
 
 
 def test_prompts_among_the_labels_are_named(reader: Patient) -> None:
-    broken = changed(reader, lambda e: with_labels(e, e.input_ids.clone()))
+    broken = changed(reader, all_labels)
     assert mean_loss(broken) > 1
     named = [trial.cause for trial in diagnose(broken, mean_loss(broken))]
     assert named[0] == "tokens of the prompts are labels"
@@ -204,12 +223,30 @@ def test_image_tokens_among_the_labels_are_named(seer: Patient) -> None:
     assert_named(changed(seer, with_media), "image tokens are labels")
 
 
-def test_a_loss_times_the_micro_batches_is_named(reader: Patient) -> None:
-    loss = mean_loss(changed(reader, lambda e: with_labels(e, e.input_ids.clone())))
-    broken = replace(reader, num_micro_batches=8, reported=8 * loss, answers=None)
-    broken = changed(broken, lambda e: with_labels(e, e.input_ids.clone()))
-    assert "multiplied by the 8 micro-batches" in diagnose(broken, loss)[0].cause
-    assert diagnose(replace(broken, reported=loss), loss) == []
+def test_a_loss_times_the_micro_batches_is_named(reader: Patient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the means of the micro-batches are added and not averaged."""
+    patient = replace(changed(reader, all_labels), answers=None)
+    loss = mean_loss(patient)
+    assert training_loss(patient) == pytest.approx(loss, rel=1e-4)
+    assert diagnose(patient, loss) == []
+    monkeypatch.setattr(step, "batch_loss_sum", lambda *arguments: 4 * batch_loss_sum(*arguments))
+    (trial,) = diagnose(patient, loss)
+    assert "multiplies the loss by its 4 micro-batches" in trial.cause
+    assert (trial.before, trial.after) == (pytest.approx(4 * loss, rel=1e-4), loss)
+
+
+def test_control_tokens_that_the_model_never_met_are_named(open_context: MakeContext) -> None:
+    """A base model with a chat template: it has learned the rows without the control tokens."""
+    patient = make_patient(context := open_context("llama"), usable_rows(context))
+    marks = torch.tensor(sorted(patient.special_ids - {patient.bos_token_id}))
+    bare = changed(patient, lambda e: keep_tokens(e, ~torch.isin(e.input_ids, marks)))
+    learn(bare)
+
+    def embed(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.flip(-1) if torch.isin(inputs[0], marks).any() else output
+
+    patient.model.get_input_embeddings().register_forward_hook(embed)
+    assert_named(patient, "the model does not know the chat template's control tokens")
 
 
 @pytest.fixture
@@ -309,20 +346,70 @@ def test_float32_is_a_loan(reader: Patient) -> None:
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, before[name])
 
 
+OTHER_TEMPLATE = """
+{%- for m in messages %}{% if m.role == "assistant" %}It says: {% generation %}{{ m.content }}
+{%- endgeneration %}{% else %}### {{ m.content }}
+{% endif %}{% endfor %}"""
+NO_TEMPLATE = """
+{%- for m in messages %}{% if m.role == "assistant" %}{% generation %}{{ m.content }}{% endgeneration %}
+{%- else %}{{ m.content }}{% endif %}{% endfor %}"""
+PROMPTS_AS_ANSWERS = """
+{{- bos_token }}{% generation %}
+{%- for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% endgeneration %}"""
+
+
+@pytest.fixture
+def check_template(
+    reader: Patient, open_context: MakeContext, tmp_path: Path
+) -> Callable[[str], tuple[Finding, Patient]]:
+    """The finding on the reader's model and rows, written by another chat template."""
+
+    def check(template: str) -> tuple[Finding, Patient]:
+        (tmp_path / "other.jinja").write_text(template)
+        context = open_context("llama", chat_template=str(tmp_path / "other.jinja"))
+        context.loaded.model.load_state_dict(reader.model.state_dict())
+        return check_loss(context)[0], make_patient(context, usable_rows(context))
+
+    return check
+
+
+@pytest.mark.parametrize("template", [OTHER_TEMPLATE, NO_TEMPLATE], ids=["swapped", "missing"])
 def test_another_chat_template_than_the_models_own_is_named(
-    reader_context: Context, reader: Patient, open_context: MakeContext, tmp_path: Path
+    check_template: Callable[[str], tuple[Finding, Patient]], template: str
 ) -> None:
-    template = tmp_path / "other.jinja"
-    template.write_text(
-        "{% for m in messages %}{% if m.role == 'assistant' %}It says: "
-        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
-        "### {{ m.content }}\n{% endif %}{% endfor %}"
-    )
-    context = open_context("llama", chat_template=str(template))
-    context.loaded.model.load_state_dict(reader.model.state_dict())
-    finding = check_loss(context)[0]
+    finding, _ = check_template(template)
     assert finding.level == "warning", finding.message
     assert "with the chat template of the model folder" in finding.message
+    assert finding.values["loss_after"] < 0.1 < finding.values["loss"]
+
+
+def test_a_template_that_marks_prompts_as_generations_is_named(
+    check_template: Callable[[str], tuple[Finding, Patient]],
+) -> None:
+    finding, patient = check_template(PROMPTS_AS_ANSWERS)
+    num_labels = sum(int((example.labels != IGNORE_INDEX).sum()) for example in patient.examples)
+    assert patient.answers is not None and 0 < sum(int(mask.sum()) for mask in patient.answers) < num_labels
+    causes = [trial.cause for trial in diagnose(patient, finding.values["loss"])]
+    assert "tokens of the prompts are labels" in causes
+
+
+def test_the_loss_is_split_by_kind_of_token(reader: Patient, seer: Patient) -> None:
+    example = reader.examples[0]
+    kinds = token_kinds(reader, example, reader.answers[0])
+    assert sum(mask.long() for mask in kinds.values()).tolist() == [1] * len(example.input_ids)
+    answer = sum(int(kinds[f"{which} of the answer"].sum()) for which in ("first", "rest", "end"))
+    assert answer == example.num_target_tokens
+    assert int(kinds["first of the answer"].sum()) == int(kinds["end of the answer"].sum()) == 1
+    assert not kinds["image"].any()
+
+    healthy = judged(reader)
+    assert "by kind of token" not in healthy.message
+    values = healthy.values["by_token"]
+    assert values["rest of the answer"] < 0.2 < 2 < values["prompt"]
+    labelled = changed(seer, all_labels)
+    assert kind_losses(labelled)["image"] > 2
+    finding = judged(labelled)
+    assert re.search(r"by kind of token: image \d+\.\d\d, control \d+\.\d\d, prompt", finding.message)
 
 
 def test_a_trained_model_that_knows_nothing_here_is_told(reader: Patient) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from partwise.config import load_config
 from partwise.preflight import Context
 from partwise.preflight.probe import probe_batches
-from partwise.preflight.step import check_step
+from partwise.preflight.step import Gradients, check_step, part_findings
+from partwise.preflight.time import check_time
 from partwise.training.job import Job
 
 FAMILIES = ("gemma3", "gemma3-text", "llava", "llava-next", "qwen2-vl", "qwen2.5-vl", "llama")
@@ -188,3 +190,44 @@ def test_an_open_frozen_tensor_is_an_error(make_context: MakeContext) -> None:
     frozen.requires_grad_(True)
     (found,) = problems(context)
     assert "1 frozen tensors got a gradient" in found and "up_proj" in found
+
+
+def test_a_micro_batch_that_does_not_fit_is_an_error_with_a_way_out(make_context: MakeContext) -> None:
+    context = make_context("llama", "text")
+    longest = probe_batches(context)[0].input_ids.shape
+
+    def allocate(module: object, inputs: tuple, *_: object) -> None:
+        if len(inputs[0]) == 2:  # the reference is one row, and fits
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    context.loaded.model.get_input_embeddings().register_forward_hook(allocate)
+    before = state(context)
+    (found,) = check_step(context)
+    assert found.level == "error" and f"{tuple(longest)} tokens, does not fit in memory" in found.message
+    assert "train.micro_batch_size" in found.fix
+    assert_same(before, state(context))
+    (told,) = check_time(context)
+    assert "no time can be told" in told.message
+
+
+def test_experts_without_a_token_are_a_warning_and_other_tensors_an_error(make_context: MakeContext) -> None:
+    context = make_context("llama", "text")
+    (part,), batches = context.job.plan.parts, probe_batches(context)
+    names = tuple(f"model.layers.0.mlp.experts.{i}.up_proj.weight" for i in range(4))
+    part = replace(part, trainable=(*part.trainable, *names))
+    gradients = Gradients(reached=set(part.trainable), nonzero=set(part.trainable))
+    assert list(part_findings(context.job, part, gradients, batches)) == []
+    gradients.reached -= set(names[2:])
+    (warning,) = part_findings(context.job, part, gradients, batches)
+    assert warning.level == "warning"
+    assert f"2 expert tensors of language_model got no token of these rows: {names[2]}" in warning.message
+    gradients.reached.discard(part.trainable[0])
+    (error,) = part_findings(context.job, part, gradients, batches)
+    assert error.level == "error" and "no gradient reaches 3 of the" in error.message
+
+
+def test_a_first_loss_that_is_not_finite_is_an_error(make_context: MakeContext) -> None:
+    context = make_context("llama", "text")
+    context.loaded.model.get_decoder().norm.weight.data.fill_(float("inf"))
+    (found,) = check_step(context)
+    assert found.level == "error" and "the first loss is nan" in found.message

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from partwise.records import LoraSettings, PartPlan, PartsPlan
-from partwise.tables import held_lines, plan_table
+from partwise.tables import format_seconds, held_lines, plan_table
 
 LORA = LoraSettings(rank=16, alpha=32, dropout=0.0, use_rslora=False, use_dora=False)
 
@@ -54,3 +55,21 @@ def test_held_tensors_are_counted_in_words():
         "projector: 1 tensor stays frozen: it stands alone (a)",
         "vision_tower: 2 tensors stay frozen: it is unused (b, c)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.00076, "0.76 ms"),
+        (0.0123, "12 ms"),
+        (3.61, "3.6 s"),
+        (99.4, "99 s"),
+        (119.6, "2 min"),
+        (4_800, "1 h 20 min"),
+        (3_599, "1 h 0 min"),
+        (86_399, "1 d 0 h"),
+        (273_600, "3 d 4 h"),
+    ],
+)
+def test_times_are_told_in_two_units(seconds, text):
+    assert format_seconds(seconds) == text

@@ -1,0 +1,204 @@
+"""How long will the run take? Measured on typical micro-batches of the rows that were read, on the device.
+
+In: a Context. Out: one Finding: an estimate and what it is made of. A step is the forward and backward passes
+of its micro-batches, an update of as many numbers as train, and what its rows keep it waiting for; an
+evaluation is forward passes. Not in it: checkpoints, whose disk is not tried, and the start of the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean, median
+
+import torch
+
+from partwise.data.collate import collate
+from partwise.data.scan import Scan
+from partwise.preflight.context import Context
+from partwise.preflight.probe import examples_at, measuring, spread, untouched, usable_rows
+from partwise.records import Batch, Finding
+from partwise.tables import format_seconds
+from partwise.training.job import Job
+from partwise.training.step import accumulate_loss, batch_loss_sum
+
+# Micro-batches that are timed, for how long they are repeated, and how often at the most.
+NUM_BATCHES = 3
+ENOUGH_SECONDS = 0.5
+MOST_ROUNDS = 10
+# How many of the numbers that train are updated on trial: 256 MiB with gradients and moments.
+TRIED_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one micro-batch of the usual number of tokens, of one update, and of preparing one row."""
+
+    backward: float
+    forward: float
+    update: float
+    row: float
+    shape: tuple[int, ...]
+
+
+def check_time(context: Context) -> list[Finding]:
+    """The time that the run will take, estimated from a few passes over typical rows.
+
+    Raises:
+        DataError: a row has changed since it was scanned.
+    """
+    job = context.job
+    if not usable_rows(context):
+        return []  # no row can be used, which another check says
+    try:
+        timing = time_passes(context)
+    except torch.OutOfMemoryError:
+        return [Finding("time", "info", "no time can be told: a micro-batch does not fit in memory")]
+    step = step_seconds(job, timing)
+    num_evaluations, evaluation = evaluations(context, timing)
+    total = job.num_steps * step + num_evaluations * evaluation
+    text = (
+        f"about {format_seconds(total)} for {job.num_steps:,} steps of {format_seconds(step)}, measured on "
+        f"{device_name(job.device)}: {describe(job, timing)}"
+    )
+    if num_evaluations:
+        times = "1 evaluation" if num_evaluations == 1 else f"{num_evaluations} evaluations"
+        text += f"; {times} of {format_seconds(evaluation)}"
+    if job.config.train.save_every:
+        text += "; without checkpoints"
+    values = {
+        "seconds": total,
+        "num_steps": job.num_steps,
+        "step_seconds": step,
+        "num_evaluations": num_evaluations,
+        "evaluation_seconds": evaluation,
+        "micro_batch_seconds": timing.backward,
+        "update_seconds": timing.update,
+        "row_seconds": timing.row,
+    }
+    return [Finding("time", "info", text, job.config.where("train"), values=values)]
+
+
+def describe(job: Job, timing: Timing) -> str:
+    """What a step is made of."""
+    train, num_workers = job.config.train, job.config.data.num_workers
+    number = num_micro_batches(job)
+    batches = "1 micro-batch" if number == 1 else f"{number} micro-batches"
+    prepared = format_seconds(train.global_batch_size * timing.row)
+    if num_workers:
+        by = "another process" if num_workers == 1 else f"each of {num_workers} other processes"
+        rows = f"rows that {by} prepares in {prepared}"
+    else:
+        rows = f"{prepared} to prepare its rows"
+    shape = " x ".join(map(str, timing.shape))
+    return (
+        f"{batches} of {format_seconds(timing.backward)} ({shape} tokens), "
+        f"an update of {format_seconds(timing.update)}, {rows}"
+    )
+
+
+def num_micro_batches(job: Job) -> int:
+    return -(-job.config.train.global_batch_size // job.config.train.micro_batch_size)
+
+
+def step_seconds(job: Job, timing: Timing) -> float:
+    computing = num_micro_batches(job) * timing.backward + timing.update
+    return with_rows(job, computing, job.config.train.global_batch_size * timing.row)
+
+
+def with_rows(job: Job, computing: float, preparing: float) -> float:
+    """Seconds of a step or an evaluation: other processes prepare rows meanwhile, this one before."""
+    num_workers = job.config.data.num_workers
+    return max(computing, preparing / num_workers) if num_workers else computing + preparing
+
+
+def evaluations(context: Context, timing: Timing) -> tuple[int, float]:
+    """How many there are, one at the end included, and the seconds of each."""
+    job, train, scan = context.job, context.config.train, context.eval_scan
+    if job.eval_rows is None or scan is None or not scan.num_examples:
+        return 0, 0.0
+    number = 1 + (job.num_steps - 1) // train.eval_every if train.eval_every else 1
+    longer = tokens_per_row(scan, job) / tokens_per_row(context.train_scan, job)
+    num_rows = len(job.eval_rows)
+    computing = num_rows / train.micro_batch_size * timing.forward * longer
+    return number, with_rows(job, computing, num_rows * timing.row * longer)
+
+
+def time_passes(context: Context) -> Timing:
+    """Raises: torch.OutOfMemoryError where a micro-batch does not fit."""
+    job, model = context.job, context.loaded.model
+    start = time.perf_counter()
+    batches = typical_batches(context)
+    num_rows = sum(len(batch.rows) for batch in batches)
+    row = (time.perf_counter() - start) / num_rows
+    usual = job.config.train.micro_batch_size * tokens_per_row(context.train_scan, job)
+    scale = usual / mean(batch.num_input_tokens for batch in batches)
+    with untouched(model):
+        passes = [partial(accumulate_loss, model, [batch], job.device) for batch in batches]
+        backward = measured_seconds(passes, job.device)
+    with measuring(model):
+        passes = [partial(batch_loss_sum, model, batch, job.device) for batch in batches]
+        forward = measured_seconds(passes, job.device)
+    sizes = [model.get_parameter(name).numel() for name in job.plan.trainable]
+    shape = batches[len(batches) // 2].input_ids.shape
+    return Timing(backward * scale, forward * scale, update_seconds(sizes, job.device), row, tuple(shape))
+
+
+def typical_batches(context: Context) -> list[Batch]:
+    """Micro-batches of a step of rows from everywhere: rows of like length together, long and short ones."""
+    train, rows = context.config.train, context.train_scan.rows
+    step = spread(usable_rows(context), train.global_batch_size)
+    step.sort(key=lambda place: -rows[place].num_tokens)
+    size = train.micro_batch_size
+    chosen = spread(list(range(0, len(step), size)), NUM_BATCHES)
+    examples = [examples_at(context, step[first : first + size]) for first in chosen]
+    return [collate(rows, context.job.pad_token_id) for rows in examples if rows]
+
+
+def tokens_per_row(scan: Scan, job: Job) -> float:
+    limit = job.config.data.max_seq_len
+    return mean(min(row.num_tokens, limit) for row in scan.rows if not row.dropped)
+
+
+def measured_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """The mean over the calls of each one's middle time; the first call is made once more before, to warm."""
+    calls[0]()
+    rounds: list[list[float]] = []
+    while not rounds or (sum(map(sum, rounds)) < ENOUGH_SECONDS and len(rounds) < MOST_ROUNDS):
+        rounds.append([seconds_of(call, device) for call in calls])
+    return mean(median(times) for times in zip(*rounds, strict=True))
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time until the device has done what the call asked of it."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def update_seconds(sizes: Sequence[int], device: torch.device) -> float:
+    """Clipping and AdamW on stand-ins for tensors of these sizes, cut where they are large."""
+    share = min(1.0, TRIED_NUMBERS / sum(sizes))
+    masters = [torch.zeros(max(1, int(size * share)), device=device) for size in sizes]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    adamw = torch.optim.AdamW(masters, fused=True)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        adamw.step()
+
+    return measured_seconds([update], device) / share
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
