@@ -19,13 +19,26 @@ from partwise.errors import CheckpointError, ConfigError, TrainingError
 from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
-from partwise.training.checkpoint import newest_checkpoint, save_final
+from partwise.training.checkpoint import newest_checkpoint, save_final, torn_checkpoints
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
 
-# Keys that may differ between a run and its resumption: none of them changes what is learned.
-FREE_KEYS = ("data.num_workers", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last")
+# Keys that may differ between a run and its resumption: none of them changes what is learned. Moved files
+# are known by their content, which load_checkpoint compares.
+FREE_KEYS = (
+    "output",
+    "model.path",
+    "data.train",
+    "data.eval",
+    "data.num_workers",
+    "train.gradient_checkpointing",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_best",
+)
 CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
 
@@ -63,19 +76,22 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
 
     Raises:
         UserError: as the checks and the training say; the run folder is made only after all checks passed.
+        StoppedError: SIGTERM or SIGINT ended the training; it can be resumed.
     """
     console = console or Console(quiet=True)
     job = Job(config)
     folder = Path(config.output)
     checkpoint = find_start(folder, config, resume)
+    for torn in torn_checkpoints(folder):
+        console.print(f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it")
     context = Context(job, CHECKED_ROWS_BEFORE_TRAINING)
     findings = [finding for check in CHECKS for finding in check(context)]
     show_plan(job, console)
     findings += [finding for check in MODEL_CHECKS for finding in check(context)]
     refuse_errors(findings, console)
     write_run_folder(folder, job, findings)
-    if checkpoint:
-        console.print(f"resuming from {checkpoint}")
+    if resume:
+        console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
     loaded = context.loaded
     manifest = run_stage(
         loaded, job.plan, config, job.loader, job.eval_loader, folder, job.num_steps, checkpoint, console

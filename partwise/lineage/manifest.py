@@ -59,9 +59,10 @@ def make_manifest(loaded: LoadedModel, plan: PartsPlan, data_files: Iterable[str
     }
 
 
-def stamp_manifest(manifest: dict[str, Any], step: int) -> dict[str, Any]:
-    """The manifest of one checkpoint: the run's, with the steps done and the time (UTC)."""
-    return {**manifest, "step": step, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+def stamp_manifest(manifest: dict[str, Any], step: int, eval_loss: float | None = None) -> dict[str, Any]:
+    """The manifest of one checkpoint: the run's, with the steps done, the time (UTC), and a loss if known."""
+    measured = {} if eval_loss is None else {"eval_loss": eval_loss}
+    return {**manifest, "step": step, **measured, "created": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def summarize_part(part: PartPlan) -> dict[str, Any]:
