@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from partwise.config import Config as Config
     from partwise.config import load_config as load_config
+    from partwise.errors import StoppedError as StoppedError
     from partwise.errors import UserError as UserError
     from partwise.export.folder import export_run as export_run
     from partwise.model.find import find_parts as find_parts
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 # Imported when first asked for, so that `import partwise` and `partwise --help` stay light.
 _HOMES = {
     "Config": "partwise.config",
+    "StoppedError": "partwise.errors",
     "UserError": "partwise.errors",
     "answer": "partwise.serve.chat",
     "check": "partwise.run",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from partwise.errors import UserError
+from partwise.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -229,7 +229,7 @@ def tiny(
 
 
 def main() -> None:
-    """The entry point: user faults as text, exit code 1; an interrupt as 130."""
+    """The entry point: user faults as text, exit code 1; an interrupt as 130, SIGTERM in training as 143."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -237,6 +237,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except StoppedError as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         sys.exit(130)
 

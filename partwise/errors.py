@@ -6,6 +6,8 @@ The command line prints these without a traceback and exits with 1; anything els
 
 from __future__ import annotations
 
+import signal
+
 
 class UserError(Exception):
     """A fault that the user can mend: printed as text, exit code 1."""
@@ -29,3 +31,14 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: a non-finite loss, a trainable tensor without gradient, a full disk."""
+
+
+class StoppedError(BaseException):
+    """SIGTERM or SIGINT ended a run at a step's end; `signal` is which. The text says how to go on.
+
+    No Exception, as KeyboardInterrupt is none: code that tries the next run on an error must not go on.
+    """
+
+    def __init__(self, text: str, number: signal.Signals) -> None:
+        super().__init__(text)
+        self.signal = number

@@ -19,7 +19,7 @@ from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, 
 from partwise.preflight.resume import find_start
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
-from partwise.training.checkpoint import save_final
+from partwise.training.checkpoint import save_final, torn_checkpoints
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
@@ -61,19 +61,22 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
 
     Raises:
         UserError: as the checks and the training say; the run folder is made only after all checks passed.
+        StoppedError: SIGTERM or SIGINT ended the training; it can be resumed.
     """
     console = console or Console(quiet=True)
     job = Job(config)
     folder = Path(config.output)
     checkpoint = find_start(folder, config, resume)
+    for torn in torn_checkpoints(folder):
+        console.print(f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it")
     context = Context(job, CHECKED_ROWS_BEFORE_TRAINING)
     findings = [finding for check in CHECKS for finding in check(context)]
     show_plan(job, console)
     findings += [finding for check in MODEL_CHECKS for finding in check(context)]
     refuse_errors(findings, console)
     write_run_folder(folder, job, findings)
-    if checkpoint:
-        console.print(f"resuming from {checkpoint}")
+    if resume:
+        console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
     loaded = context.loaded
     manifest = run_stage(
         loaded,

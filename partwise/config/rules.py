@@ -55,6 +55,12 @@ def check_evaluation(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
             f"train.eval_every: {train.eval_every} has no effect: there is no data.eval. "
             "Add it, or remove this.",
         )
+    missing = {"data.eval": data.eval, "train.save_every": train.save_every}
+    for key in (key for key, value in missing.items() if train.keep_best and value is None):
+        yield Fault(
+            "train.keep_best",
+            f"train.keep_best: {train.keep_best} has no effect: there is no {key}. Add it, or remove this.",
+        )
 
 
 _NEEDS_LORA = tuple(name for name in PartConfig.model_fields if name.startswith(("lora_", "use_")))

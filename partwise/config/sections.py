@@ -162,4 +162,9 @@ class TrainConfig(Section):
     log_every: Steps = Field(1, ge=1, description="Distance of the lines in metrics.jsonl.")
     eval_every: Steps | None = Field(None, ge=1, description="Distance of evaluations; also at the end.")
     save_every: Steps | None = Field(None, ge=1, description="Distance of checkpoints.")
-    keep_last: int = Field(2, ge=1, description="Checkpoints that are kept; final/ always is.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints that are kept; final/ always is.")
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="Checkpoints with the lowest evaluation loss that are kept besides; each is evaluated.",
+    )

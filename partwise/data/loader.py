@@ -8,6 +8,7 @@ same and less of it is padding.
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -109,12 +110,22 @@ def in_order(function: Callable[[int], Any], items: Sequence[int], num_workers: 
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=1,
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # else it draws from the global one, which a resumed run must find alike
     )
     for result in loader:
         if isinstance(result, UserError):
             raise result
         yield result
+
+
+def ignore_stop_signals(_worker: int) -> None:
+    """Ctrl-C and most schedulers signal all processes at once; when a worker ends is its parent's business.
+
+    A worker without parent notices that by itself within seconds.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Results(Dataset):

@@ -75,9 +75,10 @@ def make_record(name: str, fingerprint: Fingerprint, manifest: dict[str, Any] | 
     return record | {"fingerprint": fingerprint.whole, "parts": fingerprint.parts}
 
 
-def stamp_manifest(manifest: dict[str, Any], step: int) -> dict[str, Any]:
-    """The manifest of one checkpoint: the run's, with the steps done and the time (UTC)."""
-    return {**manifest, "step": step, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+def stamp_manifest(manifest: dict[str, Any], step: int, eval_loss: float | None = None) -> dict[str, Any]:
+    """The manifest of one checkpoint: the run's, with the steps done, the time (UTC), and a loss if known."""
+    measured = {} if eval_loss is None else {"eval_loss": eval_loss}
+    return {**manifest, "step": step, **measured, "created": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def summarize_part(part: PartPlan) -> dict[str, Any]:

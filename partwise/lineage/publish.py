@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from partwise.errors import TrainingError
+from partwise.lineage.checksums import list_files
 from partwise.lineage.manifest import MANIFEST
 
 
@@ -35,11 +36,12 @@ def publish(folder: Path, write: Callable[[Path], None], manifest: dict[str, Any
         write_manifest(partial, manifest)
         replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
             f"cannot write {folder}: {error}. Earlier checkpoints are untouched: "
             "free space or make the folder writable, then resume."
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -69,7 +71,8 @@ def sync(path: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """partwise.json, with the size and checksum of every file that is in the folder now."""
     path = folder / MANIFEST
-    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    path.write_text(json.dumps({**manifest, "files": list_files(folder)}, indent=2) + "\n")
     sync(path)
     sync(folder)

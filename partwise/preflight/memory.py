@@ -7,8 +7,6 @@ is far above what is available.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +20,7 @@ from partwise.model.plan import resolve_plan
 from partwise.preflight.context import Context
 from partwise.records import Finding
 from partwise.tables import format_bytes
+from partwise.training.engine import host_memory_bytes
 
 # What the estimate leaves for the CUDA context and the gaps between tensors (docs/memory.md).
 GPU_WARNING_FRACTION = 0.9
@@ -151,9 +150,4 @@ def device_bytes(device: torch.device) -> int:
     """Memory of the GPU; on a CPU what is free now, or all of it where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    facts = Path("/proc/meminfo")
-    if facts.is_file():
-        lines = dict(line.split(":", 1) for line in facts.read_text().splitlines() if ":" in line)
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host_memory_bytes()

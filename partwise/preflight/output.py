@@ -69,7 +69,8 @@ def estimate_bytes(plan: PartsPlan, config: Config) -> int:
     """
     trainable = sum(part.num_trainable for part in plan.parts)
     saved = trainable if plan.has_adapters else sum(part.num_parameters for part in plan.parts)
-    num_checkpoints = config.train.keep_last + 1 if config.train.save_every else 0
+    train = config.train
+    num_checkpoints = train.keep_last + train.keep_best + 1 if train.save_every else 0
     weight_bytes = saved * {"bfloat16": 2, "float32": 4}[config.model.dtype]
     return weight_bytes * (1 + num_checkpoints) + 12 * trainable * num_checkpoints
 

@@ -17,8 +17,21 @@ from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
 from partwise.training.checkpoint import newest_checkpoint
 
-# Keys that may differ between a run and its resumption: none of them changes what is learned.
-FREE_KEYS = ("data.num_workers", "train.log_every", "train.eval_every", "train.save_every", "train.keep_last")
+# Keys that may differ between a run and its resumption: none of them changes what is learned. Moved files
+# are known by their content, which load_checkpoint compares.
+FREE_KEYS = (
+    "output",
+    "model.path",
+    "data.train",
+    "data.eval",
+    "data.num_workers",
+    "train.gradient_checkpointing",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.keep_best",
+)
 
 
 def check_resume(context: Context) -> list[Finding]:

@@ -8,14 +8,17 @@ Nothing is pickled. What trains and how adapters are laid out is model/parts.py'
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from partwise.errors import CheckpointError
+from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import MANIFEST, read_manifest
 from partwise.lineage.publish import publish
 from partwise.model.parts import adapter_config, adapter_state
@@ -28,8 +31,27 @@ if TYPE_CHECKING:
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
 
 
+class TrainingState(NamedTuple):
+    """The tensors of a checkpoint, as their files name them: of the model or adapter, and of the optimizer.
+
+    Tied weights, and fp32 weights that are their own masters, are in it more than once.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def training_state(loaded: LoadedModel, plan: PartsPlan, optimizer: Optimizer) -> TrainingState:
+    """The state as it is now; the tensors are those that train, not copies."""
+    return TrainingState(model_state(loaded, plan), optimizer.state_dict())
+
+
+def model_state(loaded: LoadedModel, plan: PartsPlan) -> dict[str, Tensor]:
+    return adapter_state(loaded.model, plan) if plan.has_adapters else loaded.model.state_dict()
+
+
 def save_checkpoint(
-    run_folder: Path, loaded: LoadedModel, plan: PartsPlan, optimizer: Optimizer, manifest: dict[str, Any]
+    run_folder: Path, loaded: LoadedModel, plan: PartsPlan, state: TrainingState, manifest: dict[str, Any]
 ) -> Path:
     """RUN/checkpoints/step-NNNNNN, whole and on disk; the step is the manifest's.
 
@@ -38,9 +60,9 @@ def save_checkpoint(
     """
 
     def write(folder: Path) -> None:
-        write_model(folder, loaded, plan)
+        write_model(folder, loaded, plan, state.model)
         (folder / OPTIMIZER_FILE).parent.mkdir()
-        save_file(optimizer.state_dict(), folder / OPTIMIZER_FILE)
+        save_file(state.optimizer, folder / OPTIMIZER_FILE)
 
     return publish(checkpoint_folder(run_folder, manifest["step"]), write, manifest)
 
@@ -60,9 +82,12 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, manifest: dict[str, Any]
     The model is the base with the plan applied. `manifest` is the one that this run would write.
 
     Raises:
-        CheckpointError: the checkpoint is broken, or is of another base, other data or another plan.
+        CheckpointError: the checkpoint is damaged, or is of another base, other data or another plan.
     """
-    saved = read_manifest(folder)
+    try:
+        saved = read_manifest(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {way_out(folder)}") from error
     if saved is None:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: its writing was cut off. Use an older checkpoint."
@@ -74,35 +99,81 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, manifest: dict[str, Any]
                 f"{saved[key]['fingerprint'][:12]}, now {manifest[key]['fingerprint'][:12]}). "
                 "Put it back as it was, or start a new run with another output."
             )
+    if faults := state_faults(folder):
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}. {way_out(folder)}")
     try:
         optimizer.load_state_dict(load_file(folder / OPTIMIZER_FILE))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / OPTIMIZER_FILE} cannot be read: {error}. "
-            "Delete that checkpoint to resume from the one before."
-        ) from error
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return int(saved["step"])
 
 
+def state_faults(folder: Path) -> list[str]:
+    """What is wrong with the files that resuming reads; empty where nothing is."""
+    try:
+        faults = verify_files(folder, read_manifest(folder) or {}, [OPTIMIZER_FILE])
+        if not faults:
+            with safe_open(folder / OPTIMIZER_FILE, "pt"):
+                pass  # the header is sound, also where the manifest lists no checksums
+    except CheckpointError as error:
+        return [str(error)]
+    except (OSError, SafetensorError) as error:
+        return [f"{OPTIMIZER_FILE} cannot be read: {error}"]
+    return faults
+
+
+def way_out(damaged: Path) -> str:
+    """Which other checkpoint is sound, and the command that goes on from there."""
+    run_folder, whole = damaged.parent.parent, whole_checkpoints(damaged.parent.parent)
+    sound = next((p for p in reversed(whole) if p != damaged and not state_faults(p)), None)
+    if sound is None:
+        return "No other checkpoint of the run is intact; start again with another output."
+    unfit = " ".join(str(path) for path in whole if step_of(path) > step_of(sound))
+    return f"{sound} is intact. To go on from there: rm -r {unfit} && {resume_command(run_folder)}"
+
+
+def resume_command(run_folder: Path) -> str:
+    return f"partwise train {run_folder / 'config.yaml'} --resume"
+
+
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The newest whole checkpoint of the run; None when there is none. Torn ones are passed over."""
-    return max(whole_checkpoints(run_folder), key=step_of, default=None)
+    return next(reversed(whole_checkpoints(run_folder)), None)
 
 
-def rotate_checkpoints(run_folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` whole checkpoints, and what torn writes left behind."""
-    whole = sorted(whole_checkpoints(run_folder), key=step_of)
-    kept = set(whole[-keep_last:])
-    for folder in (run_folder / "checkpoints").iterdir():
-        if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+def rotate_checkpoints(run_folder: Path, keep_last: int, keep_best: int = 0) -> None:
+    """Delete all but the newest `keep_last` whole checkpoints and the `keep_best` of the lowest evaluation
+    loss, and what torn writes left behind.
+    """
+    whole = whole_checkpoints(run_folder)
+    losses = {folder: loss for folder in whole if (loss := eval_loss_of(folder)) is not None}
+    best = sorted(losses, key=lambda folder: losses[folder])[:keep_best]
+    for folder in [*torn_checkpoints(run_folder), *(set(whole) - {*whole[-keep_last:], *best})]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def eval_loss_of(folder: Path) -> float | None:
+    """The evaluation loss in a whole checkpoint's manifest; None where there is none to read."""
+    try:
+        return (read_manifest(folder) or {}).get("eval_loss")
+    except CheckpointError:
+        return None
 
 
 def whole_checkpoints(run_folder: Path) -> list[Path]:
+    """Oldest first."""
     folders = (run_folder / "checkpoints").glob("step-*")
-    return [folder for folder in folders if step_of(folder) >= 0 and (folder / MANIFEST).is_file()]
+    return sorted((path for path in folders if is_whole(path)), key=step_of)
+
+
+def torn_checkpoints(run_folder: Path) -> list[Path]:
+    """What a kill in the middle of writing left: hidden folders, and such that have no manifest."""
+    folders = (run_folder / "checkpoints").iterdir() if (run_folder / "checkpoints").is_dir() else ()
+    return sorted(p for p in folders if step_of(p) >= 0 and not is_whole(p))
+
+
+def is_whole(folder: Path) -> bool:
+    return not folder.name.startswith(".") and step_of(folder) >= 0 and (folder / MANIFEST).is_file()
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -110,20 +181,26 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name; -1 for any other name."""
-    number = folder.name.removeprefix("step-")
-    return int(number) if number.isdigit() else -1
+    """The step in the name of a checkpoint, or of what is left of one; -1 for any other name."""
+    match = re.fullmatch(r"step-(\d+)|\.step-(\d+)\.(partial|old)", folder.name)
+    return int(match[1] or match[2]) if match else -1
 
 
-def write_model(folder: Path, loaded: LoadedModel, plan: PartsPlan) -> None:
-    """What other tools load: the model or adapter, the processor or tokenizer, the chat template."""
+def write_model(
+    folder: Path, loaded: LoadedModel, plan: PartsPlan, state: dict[str, Tensor] | None = None
+) -> None:
+    """What other tools load: the model or adapter, the processor or tokenizer, the chat template.
+
+    `state` are the tensors to write where the model's own go on changing, as `model_state` names them.
+    """
+    state = model_state(loaded, plan) if state is None else state
     if plan.has_adapters:
         save_file(
-            {name: tensor.contiguous() for name, tensor in adapter_state(loaded.model, plan).items()},
+            {name: tensor.contiguous() for name, tensor in state.items()},
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
         adapter_config(plan, loaded.name).save_pretrained(folder)
     else:
-        loaded.model.save_pretrained(folder)
+        loaded.model.save_pretrained(folder, state_dict=dict(state))
     loaded.processor.save_pretrained(folder)

@@ -6,11 +6,13 @@ changes nothing, and a resumed run draws what the uninterrupted one did.
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,3 +53,23 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def host_memory_bytes() -> int:
+    """Memory of the host that is free now, at most what a control group leaves; all where nothing says so."""
+    facts = Path("/proc/meminfo")
+    if facts.is_file():
+        lines = dict(line.split(":", 1) for line in facts.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            return min(int(lines["MemAvailable"].split()[0]) * 1024, group_memory_bytes())
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def group_memory_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container may still take; file pages count as free, since the kernel drops them first."""
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return sys.maxsize if limit == "max" else int(limit) - int(used) + int(stat.get("file", 0))
+    except (OSError, ValueError):
+        return sys.maxsize  # no control group, or one of the first version

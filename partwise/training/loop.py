@@ -16,19 +16,17 @@ import torch
 from rich.console import Console
 
 from partwise.config import Config
+from partwise.errors import StoppedError
 from partwise.lineage.manifest import stamp_manifest
 from partwise.model.parts import set_train_mode, verify_plan
 from partwise.records import PartsPlan, StepData, StepMetrics
-from partwise.training.checkpoint import (
-    load_checkpoint,
-    rotate_checkpoints,
-    save_checkpoint,
-)
+from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, resume_command
 from partwise.training.engine import peak_memory_bytes, seed_everything
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer
 from partwise.training.proof import Proof, add_to_report
+from partwise.training.saver import Saver
 from partwise.training.step import (
     NonFiniteError,
     StepOutcome,
@@ -37,6 +35,7 @@ from partwise.training.step import (
     read_outcomes,
     train_step,
 )
+from partwise.training.stop import StopSignals
 from partwise.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -64,6 +63,7 @@ def run_stage(
         DataError: a row is broken, or a step has no target token.
         TrainingError: a loss or gradient is not finite, a tensor that trains stands or a frozen one changed,
             or a checkpoint cannot be written.
+        StoppedError: SIGTERM or SIGINT came; the step in progress was finished and a checkpoint saved.
     """
     model, train, device = loaded.model, config.train, loaded.model.device
     verify_plan(model, plan)
@@ -74,17 +74,25 @@ def run_stage(
     proof = Proof(model, plan, optimizer)
     log = MetricsLog(run_folder, first_step)
     watch = Watch(read_metrics(run_folder))
-    with ProgressLine(num_steps, first_step, console or Console()) as progress:
+    with (
+        ProgressLine(num_steps, first_step, console or Console()) as progress,
+        StopSignals() as stop,
+        Saver(run_folder, loaded, plan, optimizer, train, log.write_save, progress.show_text) as saver,
+    ):
         pending = PendingSteps()
         for wait_seconds, step_data in timed(loader.iterate(first_step, num_steps)):
             done = step_data.step + 1
             is_first, is_last = step_data.step == first_step, done == num_steps
-            evaluates = eval_loader is not None and (is_last or is_due(done, train.eval_every))
-            saves = is_due(done, train.save_every)
-            logs = is_last or evaluates or saves or is_due(done, train.log_every)
+            is_saved = is_due(done, train.save_every)
+            evaluates = eval_loader is not None and (
+                is_last or is_due(done, train.eval_every) or (is_saved and train.keep_best > 0)
+            )
+            logs = is_last or evaluates or is_saved or is_due(done, train.log_every)
 
             seed_everything(train.seed, done)
             pending.add(train_step(model, step_data, optimizer, device, observe=logs), wait_seconds)
+            saver.poll()
+            logs = logs or bool(stop)
 
             # Only a GPU runs ahead of its host, so that reading every step would cost time.
             if logs or is_first or device.type == "cpu":
@@ -108,15 +116,28 @@ def run_stage(
             for alarm in watch.see(metrics):
                 log.write_alarm(done, alarm)
                 progress.show_text(f"warning: step {done}: {alarm.message}")
-            if evaluates:
-                eval_loss = evaluate_loss(model, eval_loader, device)
+            # A long evaluation is given up for a stop signal: the checkpoint matters more.
+            eval_loss = evaluate_loss(model, eval_loader, device, stop.__bool__) if evaluates else None
+            if eval_loss is not None:
                 log.write_eval(done, eval_loss)
                 progress.show_eval(done, eval_loss)
-            if saves:
-                save_checkpoint(run_folder, loaded, plan, optimizer, stamp_manifest(manifest, done))
-                rotate_checkpoints(run_folder, train.keep_last)
+            stops = bool(stop)
+            if is_saved or stops:
+                saver.save(stamp_manifest(manifest, done, eval_loss))
+            if stops:
+                saver.wait()
+                raise stopped(stop, run_folder, done, num_steps)
             pending = PendingSteps()
     return stamp_manifest(manifest, num_steps)
+
+
+def stopped(stop: StopSignals, run_folder: Path, done: int, num_steps: int) -> StoppedError:
+    assert stop.received
+    return StoppedError(
+        f"stopped by {stop.received.name} after step {done} of {num_steps}; saved "
+        f"{checkpoint_folder(run_folder, done)}. Go on with: {resume_command(run_folder)}",
+        stop.received,
+    )
 
 
 def is_due(done: int, every: int | None) -> bool:

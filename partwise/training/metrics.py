@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -23,6 +23,9 @@ from rich.table import Column
 from partwise.errors import TrainingError
 from partwise.records import StepMetrics
 from partwise.training.watch import Alarm
+
+if TYPE_CHECKING:
+    from partwise.training.saver import Saved
 
 METRICS_FILE = "metrics.jsonl"
 MOSTLY = 0.5  # from this share on, exactly-zero gradients are worth a place on the line
@@ -48,6 +51,17 @@ class MetricsLog:
 
     def write_eval(self, step: int, eval_loss: float) -> None:
         self._write({"step": step, "eval_loss": eval_loss})
+
+    def write_save(self, saved: Saved) -> None:
+        self._write(
+            {
+                "step": saved.step,
+                "checkpoint": saved.folder.name,
+                "save_bytes": saved.num_bytes,
+                "save_stall_seconds": saved.stall_seconds,
+                "save_write_seconds": saved.write_seconds,
+            }
+        )
 
     def write_alarm(self, step: int, alarm: Alarm) -> None:
         self._write({"step": step, "warning": alarm.kind, "part": alarm.part, "message": alarm.message})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,8 +167,15 @@ def read_values(outcome: StepOutcome, row: list[float]) -> StepValues:
 
 
 @torch.no_grad()
-def evaluate_loss(model: PreTrainedModel, loader: StepLoader, device: torch.device) -> float:
+def evaluate_loss(
+    model: PreTrainedModel,
+    loader: StepLoader,
+    device: torch.device,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Mean loss over all target tokens of the loader's rows, once each; modules' modes are kept.
+
+    None where `is_stopped` said so before the last row.
 
     Raises:
         DataError: a step of the loader has no target token.
@@ -176,6 +183,8 @@ def evaluate_loss(model: PreTrainedModel, loader: StepLoader, device: torch.devi
     total, num_target_tokens = torch.zeros((), device=device, dtype=torch.float64), 0
     with eval_mode(model):
         for step_data in loader.iterate(0, loader.steps_per_epoch):
+            if is_stopped():
+                return None
             for batch in step_data.batches:
                 total += batch_loss_sum(model, batch, device)
                 num_target_tokens += batch.num_target_tokens

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from partwise.lineage.checksums import verify_files
+from partwise.lineage.manifest import read_manifest
 from partwise.training.checkpoint import newest_checkpoint
 
 PARTWISE = Path(sys.executable).with_name("partwise")
@@ -23,6 +27,14 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.02)
+
+
+def read_records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged_steps(run: Path) -> list[int]:
+    return [record["step"] for record in read_records(run) if "loss" in record]
 
 
 @pytest.mark.parametrize("language_model", ["full", "lora"])
@@ -39,14 +51,17 @@ def test_a_killed_run_resumes_to_the_same_bits(toy, tmp_path, run_cli, environme
     assert not (run / "final").exists()
     again = run_cli("train", config)
     assert again.code == 1 and "Add --resume" in again.err
-    resumed = run_cli("train", config, "--resume")
+    torn = run / "checkpoints/.step-000099.partial"
+    torn.mkdir()
+    # What may change, changes nothing: recomputed layers give the same bits.
+    resumed = run_cli("train", config, "--resume", "train.gradient_checkpointing=true", "train.save_every=4")
     assert resumed.code == 0, resumed.err
-    assert "resuming from" in resumed.out
+    assert f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it" in resumed.out
+    assert "resuming from" in resumed.out and not torn.exists()
     name = "model.safetensors" if language_model == "full" else "adapter_model.safetensors"
     whole = tmp_path / "whole/run/final" / name
     assert (run / "final" / name).read_bytes() == whole.read_bytes()
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 25))
+    assert logged_steps(run) == list(range(1, 25))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(toy, tmp_path, run_cli, environment) -> None:
@@ -57,7 +72,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(toy, tmp_path, ru
         wait_for(lambda: (run / "metrics.jsonl").exists(), process)
         os.kill(process.pid, signal.SIGKILL)
     assert run_cli("train", config, "--resume").code == 0
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 40
+    assert logged_steps(run) == list(range(1, 41))
 
 
 def test_resume_refuses_another_config_and_a_finished_run(toy, tmp_path, run_cli) -> None:
@@ -169,24 +184,146 @@ def test_an_unwritable_output_is_named(toy, tmp_path, run_cli) -> None:
     assert done.code == 1 and "is a file, not a folder" in done.err
 
 
-def test_a_full_disk_keeps_the_older_checkpoint(toy, tmp_path, environment) -> None:
-    """A file-size limit stands for the full disk: the second checkpoint cannot be written."""
-    config, run = toy.config(tmp_path, train__steps=6, train__save_every=2), tmp_path / "run"
-    code = (
-        "import resource, signal, sys\n"
-        "from partwise import cli\n"
-        "from partwise.training import loop\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "save = loop.save_checkpoint\n"
-        "def save_then_fill(*arguments):\n"
-        "    save(*arguments)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "loop.save_checkpoint = save_then_fill\n"
-        f"sys.argv = ['partwise', 'train', {str(config)!r}]\n"
-        "cli.main()\n"
+def start(config: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen:
+    """`partwise train` in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [PARTWISE, "train", config, *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr and "step-000004" in done.stderr, done.stderr
-    assert newest_checkpoint(run) == run / "checkpoints/step-000002"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_stop_signal_saves_and_the_next_step_follows(toy, tmp_path, run_cli, environment) -> None:
+    """To the whole group, as Ctrl-C and schedulers do: the data workers must survive it, too."""
+    settings = {"train__steps": 60, "data__num_workers": 2, "train__log_every": 3}
+    assert run_cli("train", toy.config(tmp_path / "whole", **settings)).code == 0
+    config, run = toy.config(tmp_path / "stopped", **settings), tmp_path / "stopped/run"
+    stops = [0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with start(config, environment, *(["--resume"] if run.exists() else [])) as process:
+            wait_for(
+                lambda: (run / "metrics.jsonl").exists() and logged_steps(run)[-1:] > stops[-1:], process
+            )
+            os.killpg(process.pid, number)
+            error = process.communicate(timeout=60)[1]
+        assert process.returncode == 128 + number and "Traceback" not in error
+        stops.append(logged_steps(run)[-1])
+        folder = run / f"checkpoints/step-{stops[-1]:06d}"
+        assert error.splitlines()[-1] == (
+            f"stopped by {number.name} after step {stops[-1]} of 60; saved {folder}. "
+            f"Go on with: partwise train {run}/config.yaml --resume"
+        )
+        assert newest_checkpoint(run) == folder and not (run / "final").exists()
+    resumed = run_cli("train", run / "config.yaml", "--resume")
+    assert resumed.code == 0, resumed.err
+    name = "final/model.safetensors"
+    assert (run / name).read_bytes() == (tmp_path / "whole/run" / name).read_bytes()
+    assert logged_steps(run) == sorted({*range(3, 61, 3), *stops[1:]})
+
+
+def test_a_second_signal_ends_at_once(toy, tmp_path, environment) -> None:
+    # A step so long that it does not end between the two signals.
+    settings = {"train__steps": 9, "train__global_batch_size": 160, "train__micro_batch_size": 1}
+    config, run = toy.config(tmp_path, **settings), tmp_path / "run"
+    with start(config, environment) as process:
+        wait_for(lambda: (run / "metrics.jsonl").exists(), process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) == -signal.SIGTERM
+    assert newest_checkpoint(run) is None and not list(run.rglob("*.partial"))
+
+
+def test_a_stop_in_the_last_step_leaves_only_final_to_write(toy, tmp_path, run_cli) -> None:
+    """As a signal in the last step leaves it: a checkpoint of all steps, and no final/."""
+    config = toy.config(tmp_path, train__steps=4, train__save_every=4)
+    assert run_cli("train", config).code == 0
+    weights = (tmp_path / "run/final/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run/final")
+    resumed = run_cli("train", config, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert (tmp_path / "run/final/model.safetensors").read_bytes() == weights
+    assert logged_steps(tmp_path / "run") == [1, 2, 3, 4]
+
+
+def test_python_gets_an_exception_and_its_handlers_back(toy, tmp_path, run_python) -> None:
+    config = toy.config(tmp_path, train__steps=500)
+    code = (
+        "import signal, sys, threading, time, pathlib, partwise\n"
+        "mine = lambda *arguments: print('mine')\n"
+        "signal.signal(signal.SIGINT, mine)\n"
+        "config = partwise.load_config(sys.argv[1])\n"
+        "def stop():\n"
+        "    while not pathlib.Path(config.output, 'metrics.jsonl').exists(): time.sleep(0.02)\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        "threading.Thread(target=stop).start()\n"
+        "try:\n"
+        "    partwise.train(config)\n"
+        "except Exception:\n"
+        "    print('an error')\n"
+        "except partwise.StoppedError as stopped:\n"
+        "    print(stopped.signal.name, stopped)\n"
+        "print(signal.getsignal(signal.SIGINT) is mine, signal.getsignal(signal.SIGTERM).name)\n"
+    )
+    done = run_python(code, config)
+    assert done.code == 0, done.err
+    first, second = done.out.splitlines()
+    assert first.startswith("SIGTERM stopped by SIGTERM after step ") and second == "True SIG_DFL"
+
+
+def test_a_run_in_a_thread_needs_no_handlers(toy, tmp_path, run_python) -> None:
+    config = toy.config(tmp_path, train__steps=2)
+    code = (
+        "import sys, threading, partwise\n"
+        "config = partwise.load_config(sys.argv[1])\n"
+        "thread = threading.Thread(target=lambda: print(partwise.train(config)))\n"
+        "thread.start(); thread.join()\n"
+    )
+    assert run_python(code, config).out.strip() == str(tmp_path / "run/final")
+
+
+def test_a_damaged_checkpoint_stops_the_resumption_and_names_the_way_out(toy, tmp_path, run_cli) -> None:
+    config, run = toy.config(tmp_path, train__steps=6, train__save_every=2), tmp_path / "run"
+    assert run_cli("train", config).code == 0
+    weights = (run / "final/model.safetensors").read_bytes()
+    shutil.rmtree(run / "final")
+    state = run / "checkpoints/step-000006/training_state/optimizer.safetensors"
+    state.write_bytes(state.read_bytes()[:-8])
+    refused = run_cli("train", config, "--resume")
+    assert refused.code == 1 and "Traceback" not in refused.err
+    message, _, command = refused.err.partition("To go on from there: ")
+    assert "optimizer.safetensors has" in message and "step-000004 is intact" in message
+    assert command == f"rm -r {run}/checkpoints/step-000006 && partwise train {run}/config.yaml --resume\n"
+    shutil.rmtree(run / "checkpoints/step-000006")
+    assert run_cli("train", run / "config.yaml", "--resume").code == 0
+    assert (run / "final/model.safetensors").read_bytes() == weights
+
+
+def test_the_best_checkpoint_is_kept(toy, tmp_path, run_cli) -> None:
+    settings = {"data__eval": str(toy.held_out), "train__save_every": 2, "train__learning_rate": 3e-2}
+    config = toy.config(tmp_path, **settings, train__keep_best=1, train__keep_last=1)
+    assert run_cli("train", config).code == 0
+    losses = {r["step"]: r["eval_loss"] for r in read_records(tmp_path / "run") if "eval_loss" in r}
+    assert sorted(losses) == [2, 4, 6, 8]
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == sorted({f"step-{min(losses, key=losses.get):06d}", "step-000008"})
+    manifest = json.loads((tmp_path / "run/checkpoints" / kept[0] / "partwise.json").read_text())
+    assert manifest["eval_loss"] == losses[manifest["step"]]
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(toy, tmp_path, environment) -> None:
+    """A file-size limit, set from outside while the run trains, stands for the full disk."""
+    config, run = toy.config(tmp_path, train__steps=400, train__save_every=2), tmp_path / "run"
+    with start(config, environment) as process:
+        wait_for(lambda: newest_checkpoint(run) is not None, process)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, error
+    assert "Traceback" not in error and "cannot write" in error and "File too large" in error
+    kept = newest_checkpoint(run)
+    assert kept is not None and verify_files(kept, read_manifest(kept)) == []
+    assert all(path.name.startswith("step-") for path in (run / "checkpoints").iterdir())

@@ -54,7 +54,7 @@ def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, **train):
         Console(quiet=True),
     )
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return tiny.model.state_dict(), records
+    return tiny.model.state_dict(), [record for record in records if "checkpoint" not in record]
 
 
 VOLATILE = ("step_seconds", "data_wait_seconds", "peak_memory_bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from partwise.config import Config, ModelConfig
 from partwise.errors import CheckpointError, TrainingError
+from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import make_manifest, read_manifest, stamp_manifest
 from partwise.lineage.origin import model_record
 from partwise.model.load import empty_model, load_model
@@ -22,6 +24,8 @@ from partwise.training.checkpoint import (
     rotate_checkpoints,
     save_checkpoint,
     save_final,
+    torn_checkpoints,
+    training_state,
 )
 from partwise.training.optim import Optimizer
 
@@ -64,9 +68,10 @@ class Run:
         self.loaded.model.eval()
         return self.loaded.model(input_ids=IDS, use_cache=False).logits
 
-    def save(self, step: int) -> Path:
-        manifest = stamp_manifest(self.manifest, step)
-        return save_checkpoint(self.folder, self.loaded, self.plan, self.optimizer, manifest)
+    def save(self, step: int, eval_loss: float | None = None) -> Path:
+        manifest = stamp_manifest(self.manifest, step, eval_loss)
+        state = training_state(self.loaded, self.plan, self.optimizer)
+        return save_checkpoint(self.folder, self.loaded, self.plan, state, manifest)
 
 
 @pytest.fixture
@@ -169,9 +174,23 @@ def test_newest_is_the_newest_whole_one(run):
 def test_rotation_keeps_the_last_whole_ones_and_sweeps_torn_ones(run):
     folders = [run.save(step) for step in (1, 2, 3, 4)]
     (folders[3] / "partwise.json").unlink()
-    (run.folder / "checkpoints" / ".step-000005.partial").mkdir()
+    torn = run.folder / "checkpoints" / ".step-000005.partial"
+    torn.mkdir()
+    mine = run.folder / "checkpoints" / "mine"
+    mine.mkdir()
+    assert torn_checkpoints(run.folder) == [torn, folders[3]]
     rotate_checkpoints(run.folder, keep_last=2)
-    assert sorted((run.folder / "checkpoints").iterdir()) == folders[1:3]
+    assert sorted((run.folder / "checkpoints").iterdir()) == [mine, *folders[1:3]]
+    assert torn_checkpoints(run.folder) == []
+
+
+def test_rotation_keeps_the_best_besides(run):
+    losses = {1: 0.5, 2: 0.3, 3: None, 4: 0.4, 5: 0.3, 6: 0.9}
+    folders = {step: run.save(step, eval_loss=loss) for step, loss in losses.items()}
+    assert read_manifest(folders[1])["eval_loss"] == 0.5 and "eval_loss" not in read_manifest(folders[3])
+    (folders[2] / "partwise.json").write_text("{")  # damaged: it has no loss to be kept for
+    rotate_checkpoints(run.folder, keep_last=1, keep_best=2)
+    assert sorted((run.folder / "checkpoints").iterdir()) == [folders[step] for step in (4, 5, 6)]
 
 
 @pytest.fixture
@@ -236,12 +255,6 @@ def test_other_data_or_another_base_is_refused(run, tiny_folder, tmp_path):
 
 def test_a_torn_or_broken_checkpoint_is_told(run):
     folder = run.save(1)
-    state = folder / "training_state" / "optimizer.safetensors"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(
-        CheckpointError, match=r"optimizer\.safetensors cannot be read: .*Delete that checkpoint"
-    ):
-        load_checkpoint(folder, run.optimizer, run.manifest)
     (folder / "partwise.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"partwise\.json cannot be read: .*The folder is damaged"):
         read_manifest(folder)
@@ -251,3 +264,71 @@ def test_a_torn_or_broken_checkpoint_is_told(run):
     (folder / "partwise.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no partwise\.json: its writing was cut off"):
         load_checkpoint(folder, run.optimizer, run.manifest)
+
+
+def damage(path: Path, kind: str) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "truncated":
+        path.write_bytes(data[:-1])
+    elif kind == "flipped":
+        data[-1000] ^= 4
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_refused_and_the_newest_intact_one_named(run, kind):
+    folders = [run.save(step) for step in (1, 2, 3, 4)]
+    state = [folder / "training_state/optimizer.safetensors" for folder in folders]
+    damage(state[2], "flipped")
+    damage(state[3], kind)
+    expected = {
+        "truncated": f"has {state[3].stat().st_size if kind == 'truncated' else 0:,} bytes, and "
+        f"{state[0].stat().st_size:,} were written",
+        "flipped": "... was written",
+        "missing": "is missing",
+    }
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(folders[3], run.optimizer, run.manifest)
+    text = str(caught.value)
+    assert text.startswith(f"{folders[3]} is damaged: training_state/optimizer.safetensors ")
+    assert expected[kind] in text
+    assert text.endswith(
+        f"{folders[1]} is intact. To go on from there: rm -r {folders[2]} {folders[3]} && "
+        f"partwise train {run.folder}/config.yaml --resume"
+    )
+    (folders[3] / "partwise.json").write_text("{")
+    with pytest.raises(CheckpointError, match=rf"The folder is damaged.*{folders[1]} is intact"):
+        load_checkpoint(folders[3], run.optimizer, run.manifest)
+    damage(state[0], "flipped")
+    damage(state[1], "flipped")
+    with pytest.raises(CheckpointError, match="No other checkpoint of the run is intact"):
+        load_checkpoint(folders[2], run.optimizer, run.manifest)
+
+
+def test_a_checkpoint_without_checksums_is_still_read_with_care(run):
+    folder = run.save(1)
+    manifest = read_manifest(folder)
+    del manifest["files"]
+    (folder / "partwise.json").write_text(json.dumps(manifest))
+    assert load_checkpoint(folder, run.optimizer, run.manifest) == 1
+    damage(folder / "training_state/optimizer.safetensors", "truncated")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors cannot be read: "):
+        load_checkpoint(folder, run.optimizer, run.manifest)
+
+
+def test_the_manifest_lists_every_file_with_its_checksum(run):
+    folder = run.save(1)
+    manifest = read_manifest(folder)
+    assert set(manifest["files"]) == files_in(folder) - {"partwise.json"}
+    for name, facts in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "README.md").write_text("mine")
+    assert verify_files(folder, manifest) == []
+    damage(folder / "model.safetensors", "flipped")
+    damage(folder / "tokenizer.json", "missing")
+    faults = verify_files(folder, manifest)
+    assert [fault.split()[:2] for fault in faults] == [["model.safetensors", "has"], ["tokenizer.json", "is"]]
+    assert verify_files(folder, manifest, ["config.json"]) == []

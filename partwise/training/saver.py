@@ -1,0 +1,190 @@
+"""Saves beside training: a copy on the host first, then the disk in the background.
+
+In: the live model and optimizer at a step's end. Out: a checkpoint, later, written by one thread, and the
+seconds that training stood still. One save is in flight at most. What is in a checkpoint is checkpoint.py's
+business. A save that failed is told at the next step, and at the end, so it is never lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from partwise.config import TrainConfig
+from partwise.errors import UserError
+from partwise.lineage.manifest import read_manifest
+from partwise.records import PartsPlan
+from partwise.tables import format_bytes
+from partwise.training.checkpoint import TrainingState, rotate_checkpoints, save_checkpoint, training_state
+from partwise.training.engine import host_memory_bytes
+from partwise.training.optim import Optimizer
+
+if TYPE_CHECKING:
+    from partwise.model.load import LoadedModel
+
+# The share of the host's free memory that a copy may take; the rest is for data workers and file pages.
+MEMORY_FRACTION = 0.8
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on disk. `stall_seconds` is how long training waited, `write_seconds` the rest."""
+
+    step: int
+    folder: Path
+    num_bytes: int
+    stall_seconds: float
+    write_seconds: float
+
+
+class Saver:
+    """Checkpoints of one run. As a block: at its end, the save in flight is waited for.
+
+    `note` is called in the training thread with each checkpoint that is whole, `tell` with a line to show.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        loaded: LoadedModel,
+        plan: PartsPlan,
+        optimizer: Optimizer,
+        train: TrainConfig,
+        note: Callable[[Saved], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.run_folder = run_folder
+        self.plan = plan
+        self.optimizer = optimizer
+        self.train = train
+        self.note = note
+        self.tell = tell
+        # Its own processor: a tokenizer that two threads use at once raises "Already borrowed".
+        self.loaded = replace(loaded, processor=copy.deepcopy(loaded.processor))
+        self.copies: HostCopies | None = HostCopies()
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self.in_flight: Future[Saved] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except UserError as fault:
+            if kind is None:
+                raise
+            self.tell(f"error: {fault}")  # beside what already ends the run
+        finally:
+            self.thread.shutdown()
+
+    def save(self, manifest: dict[str, Any]) -> None:
+        """Start to save the state as it is now; returns when training may go on.
+
+        Raises:
+            TrainingError: the save before could not be written.
+        """
+        start = time.monotonic()
+        self.wait()
+        state = training_state(self.loaded, self.plan, self.optimizer)
+        if self.copies and not self.copies.fit(state):
+            self.tell(
+                f"checkpoints stall training: a copy of {format_bytes(self.copies.missing_bytes(state))} "
+                f"does not fit into the host's {format_bytes(host_memory_bytes())} of free memory"
+            )
+            self.copies = None
+        if self.copies:
+            state = self.copies.take(state)
+            stall_seconds = time.monotonic() - start
+            self.in_flight = self.thread.submit(self._write, state, manifest, stall_seconds)
+        else:
+            saved = self._write(state, manifest, stall_seconds=0.0)
+            self.note(replace(saved, stall_seconds=time.monotonic() - start))
+
+    def poll(self) -> None:
+        """Note the save in flight when it is on disk. Raises: TrainingError when it could not be written."""
+        if self.in_flight and self.in_flight.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """`poll`, once the save in flight has ended."""
+        in_flight, self.in_flight = self.in_flight, None
+        if in_flight:
+            self.note(in_flight.result())
+
+    def _write(self, state: TrainingState, manifest: dict[str, Any], stall_seconds: float) -> Saved:
+        start = time.monotonic()
+        folder = save_checkpoint(self.run_folder, self.loaded, self.plan, state, manifest)
+        rotate_checkpoints(self.run_folder, self.train.keep_last, self.train.keep_best)
+        files = (read_manifest(folder) or {})["files"].values()
+        return Saved(
+            step=manifest["step"],
+            folder=folder,
+            num_bytes=sum(file["bytes"] for file in files),
+            stall_seconds=stall_seconds,
+            write_seconds=time.monotonic() - start,
+        )
+
+
+class HostCopies:
+    """Memory on the host for one copy of a training state, by name, kept from save to save.
+
+    A GPU copies into pinned memory several times as fast, but pinning takes longer than the copy: hence kept.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, state: TrainingState) -> TrainingState:
+        """The state as it is now, on the host; what shares its memory in `state` does so in the copy."""
+        copies = {
+            view: self._buffer(name, tensor).copy_(tensor, non_blocking=True)
+            for view, (name, tensor) in distinct_tensors(state).items()
+        }
+        if any(tensor.is_cuda for tensor in state.model.values()):
+            torch.cuda.synchronize()
+        return TrainingState(*({n: copies[view_of(t)] for n, t in tensors.items()} for tensors in state))
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self.buffers[name]
+
+    def fit(self, state: TrainingState) -> bool:
+        missing = self.missing_bytes(state)
+        return missing == 0 or missing < MEMORY_FRACTION * host_memory_bytes()
+
+    def missing_bytes(self, state: TrainingState) -> int:
+        """Bytes to allocate before `state` can be copied."""
+        named = distinct_tensors(state).values()
+        return sum(allocated_bytes(tensor) for name, tensor in named if name not in self.buffers)
+
+
+def distinct_tensors(state: TrainingState) -> dict[tuple, tuple[str, Tensor]]:
+    """The tensors of which none is the same memory as another, each with the first of its names."""
+    distinct: dict[tuple, tuple[str, Tensor]] = {}
+    for tensors in state:
+        for name, tensor in tensors.items():
+            distinct.setdefault(view_of(tensor), (name, tensor))
+    return distinct
+
+
+def view_of(tensor: Tensor) -> tuple:
+    """Equal for tensors that are the same numbers in the same memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def allocated_bytes(tensor: Tensor) -> int:
+    """What a copy takes on the host: torch's pinned blocks are powers of two."""
+    return 1 << max(0, tensor.nbytes - 1).bit_length() if tensor.is_cuda else tensor.nbytes
