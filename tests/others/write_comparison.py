@@ -21,19 +21,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 import cases_folders
+import cases_gradients
+import cases_losses
+import cases_models
 import cases_numbers
 import cases_parts
+import cases_pictures
 import cases_rows
+import cases_runs
 import torch
 from bench import Bench, Row
 
 Case = Callable[[Bench], Row]
 
 SECTIONS: dict[str, tuple[Case, ...]] = {
-    "What trains": cases_parts.CASES,
-    "What a row becomes": cases_rows.CASES,
-    "What a step computes": cases_numbers.CASES,
-    "What is saved and loaded": cases_folders.CASES,
+    "What trains": (*cases_parts.CASES, *cases_gradients.CASES),
+    "What a row becomes": (*cases_rows.CASES, *cases_pictures.CASES),
+    "What a step computes": (*cases_numbers.CASES, *cases_losses.CASES),
+    "What is saved and loaded": (*cases_folders.CASES, *cases_models.CASES),
+    "What a run starts from": cases_runs.CASES,
 }
 CASES = tuple(case for cases in SECTIONS.values() for case in cases)
 
