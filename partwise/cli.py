@@ -33,6 +33,9 @@ Overrides = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that ships in the model folder.")
 ]
+AcceptBase = Annotated[
+    bool, typer.Option("--accept-base", help="Go on though the base is not the one an adapter is of.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as in the config's output.")]
 
 
@@ -42,17 +45,22 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def with_accepted(overrides: list[str] | None, accept_base: bool) -> list[str]:
+    return [*(overrides or []), *(["model.accept_base=true"] if accept_base else [])]
+
+
 @app.command()
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    accept_base: AcceptBase = False,
 ) -> None:
     """Check the config, train, and write the run folder with final/ in it."""
     from partwise import run
     from partwise.config import load_config
 
-    run.train(load_config(config, overrides or []), resume=resume, console=console())
+    run.train(load_config(config, with_accepted(overrides, accept_base)), resume=resume, console=console())
 
 
 @app.command()
@@ -64,6 +72,7 @@ def check(
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Id of a check; may repeat.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the findings as JSON, too.")] = None,
     list_checks: Annotated[bool, typer.Option("--list", help="Print the checks and their ids.")] = False,
+    accept_base: AcceptBase = False,
 ) -> None:
     """Say whether this run will learn what its config says, without training."""
     from partwise import run, show
@@ -75,7 +84,7 @@ def check(
         raise UserError("check needs a config file, or --list. Write: partwise check CONFIG.")
     from partwise.config import load_config
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, with_accepted(overrides, accept_base))
     findings = run.check(settings, full, only or (), skip or (), report, console())
     if run.has_errors(findings):
         raise typer.Exit(1)
@@ -139,12 +148,26 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask once and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
     trust_remote_code: TrustRemoteCode = False,
+    accept_base: AcceptBase = False,
 ) -> None:
     """Talk to a model; the answer streams."""
     from partwise.serve.chat import run_chat
 
     images = [str(path) for path in image or []]
-    run_chat(model, images, prompt, max_new_tokens, trust_remote_code)
+    run_chat(model, images, prompt, max_new_tokens, trust_remote_code, accept_base)
+
+
+@app.command()
+def lineage(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run, model or adapter folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the weights of all ancestors that are here, and compare.")
+    ] = False,
+) -> None:
+    """Print what a folder was made from, as a tree."""
+    from partwise import show
+
+    show.print_lineage(folder, verify, console())
 
 
 @app.command()

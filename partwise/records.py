@@ -170,6 +170,11 @@ class PartsPlan:
         return any(plan.part == part for plan in self.parts)
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether the run is saved as an adapter folder."""
+        return any(plan.mode == "lora" for plan in self.parts)
+
+    @property
     def trainable(self) -> tuple[str, ...]:
         return tuple(name for plan in self.parts for name in plan.trainable)
 

@@ -78,7 +78,16 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
         console.print(f"resuming from {checkpoint}")
     loaded = context.loaded
     manifest = run_stage(
-        loaded, job.plan, config, job.loader, job.eval_loader, folder, job.num_steps, checkpoint, console
+        loaded,
+        job.plan,
+        config,
+        job.loader,
+        job.eval_loader,
+        folder,
+        job.num_steps,
+        job.manifest,
+        checkpoint,
+        console,
     )
     final = save_final(folder, loaded, job.plan, manifest)
     plot_runs([folder])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from partwise.config import Config, load_config
 from partwise.data.page import preview_page, read_page_row
 from partwise.data.preview import preview_example
 from partwise.data.rows import row_name
 from partwise.errors import ConfigError, DataError
+from partwise.export.folder import final_folder
+from partwise.lineage.chain import Link, trace_lineage
 from partwise.model.load import empty_model
 from partwise.model.parts import parts_table
 from partwise.preflight import CHECKS, MODEL_CHECKS, check_id
@@ -65,6 +69,47 @@ def print_plan(config: Config, console: Console) -> None:
     console.print(plan_table(plan))
     for line in held_lines(plan):
         console.print(line)
+
+
+def print_lineage(folder: Path, verify: bool, console: Console) -> None:
+    """What a folder was made from, as a tree: the folder first, its oldest ancestors last.
+
+    Raises:
+        CheckpointError: it is no model, adapter or run folder.
+    """
+    for line in lineage_lines(trace_lineage(final_folder(folder), verify)):
+        console.print(line, soft_wrap=True)
+
+
+def lineage_lines(link: Link, first: str = "", rest: str = "") -> Iterator[Text]:
+    """Two lines for each folder, ancestors indented below; long ones are not cut, so paths stay whole."""
+    record = link.record
+    line = Text.assemble(first, (record["kind"], "bold"), f" {record['path']}")
+    if fingerprint := record.get("fingerprint"):
+        line.append(f" {fingerprint[:12]}", style="dim")
+    if link.state != "here":
+        line.append(f" {link.state}", style="green" if link.state == "unchanged" else "yellow")
+    yield line
+    bar = "│   " if link.parents else ""
+    if told := lineage_facts(record):
+        yield Text.assemble(rest, bar, (told, "dim"))
+    for parent in link.parents:
+        is_last = parent is link.parents[-1]
+        yield from lineage_lines(
+            parent, rest + ("└── " if is_last else "├── "), rest + ("    " if is_last else "│   ")
+        )
+
+
+def lineage_facts(record: dict[str, Any]) -> str:
+    """Steps, modes, data, date and what was accepted, as far as the record says."""
+    facts = [
+        f"{record['step']} steps" if "step" in record else "",
+        ", ".join(f"{part} {mode}" for part, mode in record.get("modes", {}).items() if mode != "frozen"),
+        ", ".join(Path(file).name for file in record.get("data", {}).get("files", ())),
+        record.get("created", "")[:10],
+        "on another base than its own, accepted" if record.get("accepted_base") else "",
+    ]
+    return "; ".join(filter(None, facts))
 
 
 def print_checks(console: Console) -> None:

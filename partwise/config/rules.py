@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from partwise.config.document import Fault
 from partwise.config.faults import show_value
-from partwise.config.sections import DataConfig, PartConfig, PartsConfig, TrainConfig
+from partwise.config.sections import DataConfig, ModelConfig, PartConfig, PartsConfig, TrainConfig
 from partwise.records import PART_NAMES
 
 
@@ -35,6 +35,16 @@ def check_train(train: TrainConfig) -> Iterator[Fault]:
             "train.min_learning_rate_fraction",
             f"train.min_learning_rate_fraction: {train.min_learning_rate_fraction} has no effect: "
             "train.learning_rate_schedule is constant. Remove it, or choose cosine or linear.",
+        )
+
+
+def check_adapter(model: ModelConfig, parts: PartsConfig) -> Iterator[Fault]:
+    modes = [settings.mode for part in PART_NAMES if (settings := parts.settings(part)) is not None]
+    if model.adapter is not None and "lora" not in modes:
+        yield Fault(
+            "model.adapter",
+            f"model.adapter: {model.adapter} has no effect: no part is in mode lora. Set the parts as they "
+            "were when it was trained, or export it with --to hf and give that folder as model.path.",
         )
 
 

@@ -33,6 +33,12 @@ class ModelConfig(Section):
     path: str = Field(
         min_length=1, description="Hugging Face model folder, or a hub name where a hub is reachable."
     )
+    adapter: str | None = Field(
+        None, min_length=1, description="Adapter folder that training goes on with; path is its base."
+    )
+    accept_base: bool = Field(
+        False, description="Go on although the base is not the one that the adapter was trained on."
+    )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Type of the weights in memory. Trained bfloat16 weights keep fp32 masters."
     )

@@ -31,7 +31,7 @@ from partwise.config.flags import (
     deciding_flag,
     expand_flags,
 )
-from partwise.config.rules import check_evaluation, check_parts, check_train
+from partwise.config.rules import check_adapter, check_evaluation, check_parts, check_train
 from partwise.config.sections import (
     TAGS,
     DataConfig,
@@ -171,6 +171,7 @@ def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> 
     faults += [
         *check_train(config.train),
         *check_parts(config.parts),
+        *check_adapter(config.model, config.parts),
         *check_evaluation(config.train, config.data),
     ]
     return config

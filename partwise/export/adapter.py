@@ -7,21 +7,27 @@ fingerprint of its base; another base is an error, because it would load and ans
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from partwise.config import ModelConfig
 from partwise.errors import CheckpointError
-from partwise.model.folder import find_model_folder, read_json
-from partwise.model.load import LoadedModel, load_model, load_processor
-from partwise.training.checkpoint import base_fingerprint, read_manifest
+from partwise.lineage.origin import match_base, model_record
+from partwise.model.folder import find_model_folder, model_name, read_json
+from partwise.model.load import LoadedModel, empty_model, load_model, load_processor
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+@dataclass(frozen=True)
+class Base:
+    """The base model of an adapter: what the adapter calls it, its record, and what was accepted of it."""
+
+    path: str
+    record: dict[str, Any]
+    accepted: dict[str, Any] | None
 
 
 def open_adapter(
@@ -29,13 +35,14 @@ def open_adapter(
     dtype: str = "bfloat16",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    accept_base: bool = False,
 ) -> LoadedModel:
     """The base model with the adapter on it, in eval mode.
 
     Raises:
         CheckpointError: the base is missing, is another one, or the adapter's weights are incomplete.
     """
-    base = base_path(folder)
+    base = find_base(folder, trust_remote_code, accept_base).path
     settings = ModelConfig(path=base, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     loaded = load_model(settings, device=device)
     processor = load_processor(str(folder), trust_remote_code)
@@ -47,38 +54,33 @@ def open_adapter(
     return LoadedModel(model=model, processor=processor, path=str(folder), name=loaded.name)
 
 
-def merge_adapter(folder: Path, trust_remote_code: bool = False) -> LoadedModel:
+def merge_adapter(folder: Path, trust_remote_code: bool = False, accept_base: bool = False) -> LoadedModel:
     """The base with the adapter merged in fp32 on the CPU, as a plain transformers model in fp32."""
-    loaded = open_adapter(folder, dtype="float32", trust_remote_code=trust_remote_code)
+    loaded = open_adapter(
+        folder, dtype="float32", trust_remote_code=trust_remote_code, accept_base=accept_base
+    )
     return replace(loaded, model=loaded.model.merge_and_unload(safe_merge=True))
 
 
-def base_path(folder: Path) -> str:
-    """The base model that an adapter folder names, compared with the fingerprint it was trained on.
+def find_base(folder: Path, trust_remote_code: bool = False, accept_base: bool = False) -> Base:
+    """The base model that an adapter folder names, compared with the weights it was trained on.
 
     Raises:
-        CheckpointError: no base is named, it cannot be found, or it is another one now.
+        CheckpointError: no base is named, it cannot be found, or it is another one now and not accepted.
     """
     file = folder / "adapter_config.json"
-    base = str(read_json(file).get("base_model_name_or_path") or "")
-    if not base:
+    path = str(read_json(file).get("base_model_name_or_path") or "")
+    if not path:
         raise CheckpointError(
             f"{file}: base_model_name_or_path is empty, so the base is unknown. "
             "Write the base model's folder there."
         )
     try:
-        found = base_fingerprint(find_model_folder(base, with_weights=True))
+        base_folder = find_model_folder(path, with_weights=True)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{file}: the base model {base} that it names is neither a folder here nor a hub model that can "
+            f"{file}: the base model {path} that it names is neither a folder here nor a hub model that can "
             "be fetched. Put the base model there, or write where it is now as base_model_name_or_path."
         ) from error
-    manifest = read_manifest(folder)
-    recorded = manifest["base"]["fingerprint"] if manifest else None
-    if recorded and found != recorded:
-        raise CheckpointError(
-            f"{folder}: the adapter was trained on another base than what {base} holds now "
-            f"(fingerprint {recorded[:12]}, found {found[:12]}). "
-            "Put the original base model back at that path."
-        )
-    return base
+    record = model_record(base_folder, model_name(path), empty_model(path, trust_remote_code))
+    return Base(path, record, match_base(folder, record, accept_base))

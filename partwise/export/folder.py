@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from partwise.errors import CheckpointError
-from partwise.export.adapter import base_path, is_adapter, merge_adapter
+from partwise.export.adapter import find_base, merge_adapter
+from partwise.lineage.manifest import read_manifest
+from partwise.lineage.publish import write_manifest
+from partwise.model.folder import is_adapter
 from partwise.model.load import load_model_config
-from partwise.training.checkpoint import read_manifest, write_manifest
 
 
 def final_folder(run: Path) -> Path:
@@ -69,7 +71,7 @@ def export_run(run: Path, out: Path, merge: bool = False, trust_remote_code: boo
 
 def write_merged(source: Path, out: Path, trust_remote_code: bool = False) -> None:
     """The merged model in the base's dtype, with processor, generation config and lineage."""
-    base = base_path(source)
+    base = find_base(source, trust_remote_code).path
     merged = merge_adapter(source, trust_remote_code)
     dtype = load_model_config(base, trust_remote_code).dtype or torch.float32
     merged.model.to(dtype)

@@ -106,11 +106,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def check_config_file(folder: Path, trust_remote_code: bool) -> None:
     """Raises: CheckpointError when config.json is missing, or says no model type that can be built."""
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise CheckpointError(
-            f"{folder} holds an adapter (adapter_config.json), not a whole model. Give its base model "
-            f"({base}) as model.path, or merge the adapter into the base and give the merged folder."
+            f"{folder} holds an adapter (adapter_config.json), not a whole model. To train it "
+            f"further, give its base model ({base}) as model.path and this folder as model.adapter; to start "
+            "from both as one model, export it with --to hf and give that folder."
         )
     file = folder / "config.json"
     if not file.is_file():
@@ -161,7 +162,7 @@ def read_tensor_names(folder: Path) -> frozenset[str]:
 
     Raises: CheckpointError when weights are missing or a file is cut off or broken.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     names: set[str] = set()
     for file in files:
         if not file.is_file():
@@ -170,11 +171,15 @@ def read_tensor_names(folder: Path) -> frozenset[str]:
                 "download it."
             )
         if file.suffix == ".safetensors":
-            names.update(_names_in(file))
+            names.update(read_header(file)[0])
     return frozenset(names)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of the folder's weights, in the order of their names.
+
+    Raises: CheckpointError when the folder has none.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -188,12 +193,46 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _names_in(file: Path) -> list[str]:
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapter_file(folder: Path) -> Path:
+    """The weights of an adapter folder.
+
+    Raises: CheckpointError when the folder is none, or has no weights in safetensors.
+    """
+    if not is_adapter(folder):
+        is_model = (folder / "config.json").is_file()
+        told = "holds a whole model, not an adapter" if is_model else "holds no adapter"
+        raise CheckpointError(
+            f"{folder} {told}: it has no adapter_config.json. "
+            + ("Give it as model.path." if is_model else "Give the folder of a PEFT adapter.")
+        )
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no adapter_model.safetensors. Save the adapter again with a current PEFT, or copy "
+            "its weights here."
+        )
+    return file
+
+
+def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Name -> {"dtype", "shape", "data_offsets"} of a safetensors file's tensors, and where bytes start.
+
+    Raises: CheckpointError when the file is cut off or broken.
+    """
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
+        with safe_open(file, framework="pt"):  # it compares the header with the file's size
+            pass
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file: {shorten(error)} It "
             "is cut off or damaged; copy or download it again."
         ) from error
+    header.pop("__metadata__", None)
+    return header, 8 + size

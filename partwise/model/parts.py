@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from partwise.errors import CheckpointError, PlanError
+from partwise.errors import PlanError
 from partwise.model.find import FoundPart, contains, find_parts, shorten
+from partwise.model.names import ADAPTER_PREFIX
 from partwise.model.plan import resolve_plan
 from partwise.records import LoraSettings, PartsPlan
 
@@ -29,14 +30,11 @@ __all__ = [
     "adapter_state",
     "apply_plan",
     "find_parts",
-    "load_adapter_state",
     "parts_table",
     "resolve_plan",
     "set_train_mode",
     "verify_plan",
 ]
-
-PREFIX = "base_model.model."
 
 
 def apply_plan(model: PreTrainedModel, plan: PartsPlan) -> None:
@@ -158,10 +156,10 @@ def _state_names(model: PreTrainedModel, plan: PartsPlan) -> dict[str, str]:
                 key = name.replace(".default.", ".")
                 if ".lora_magnitude_vector." in key:
                     key = key.removesuffix(".weight")
-                names[PREFIX + key] = name
+                names[ADAPTER_PREFIX + key] = name
     for path in _modules_to_save(plan):
         for name in model.get_submodule(path).state_dict():
-            names[f"{PREFIX}{path}.{name}"] = f"{path}.{name}"
+            names[f"{ADAPTER_PREFIX}{path}.{name}"] = f"{path}.{name}"
     return names
 
 
@@ -169,30 +167,6 @@ def adapter_state(model: PreTrainedModel, plan: PartsPlan) -> dict[str, torch.Te
     """The tensors of the adapter file in PEFT's layout: adapters, and modules trained in full whole."""
     state = model.state_dict()
     return {key: state[name].detach() for key, name in _state_names(model, plan).items()}
-
-
-def load_adapter_state(model: PreTrainedModel, plan: PartsPlan, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies the tensors of an adapter file into a model to which the plan was applied.
-
-    Raises: CheckpointError where names or shapes are not exactly those of the plan.
-    """
-    state = adapter_state(model, plan)
-    missing, unexpected = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"the adapter does not fit the plan: {len(missing)} tensors are missing ({shorten(missing)}) "
-            f"and {len(unexpected)} are not expected ({shorten(unexpected)}). "
-            "Use the parts and LoRA settings that it was trained with."
-        )
-    for key, tensor in state.items():
-        if tensor.shape != tensors[key].shape:
-            raise CheckpointError(
-                f"the adapter does not fit the plan: {key} is {tuple(tensors[key].shape)} in the file and "
-                f"{tuple(tensor.shape)} in the model. Use the lora_rank and the base it was trained with."
-            )
-    with torch.no_grad():
-        for key, tensor in state.items():
-            tensor.copy_(tensors[key])
 
 
 @dataclass(frozen=True)

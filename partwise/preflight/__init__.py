@@ -14,6 +14,7 @@ from partwise.errors import ConfigError, UserError
 from partwise.preflight.context import Context
 from partwise.preflight.copies import check_duplicates, check_overlap
 from partwise.preflight.images import check_image_tokens, check_images
+from partwise.preflight.lineage import check_lineage
 from partwise.preflight.loss import check_loss
 from partwise.preflight.memory import check_memory
 from partwise.preflight.model import check_model
@@ -39,7 +40,15 @@ ROW_CHECKS: list[Check] = [
     check_duplicates,
     check_overlap,
 ]
-CHECKS: list[Check] = [check_output, check_model, check_plan, check_disk, *ROW_CHECKS, check_memory]
+CHECKS: list[Check] = [
+    check_output,
+    check_model,
+    check_plan,
+    check_lineage,
+    check_disk,
+    *ROW_CHECKS,
+    check_memory,
+]
 MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss]
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]

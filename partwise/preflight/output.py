@@ -11,7 +11,6 @@ from partwise.errors import ConfigError
 from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
 from partwise.tables import format_bytes
-from partwise.training.checkpoint import is_adapter_run
 
 
 def check_output(context: Context) -> list[Finding]:
@@ -53,7 +52,7 @@ def estimate_bytes(plan: PartsPlan, config: Config) -> int:
     A checkpoint adds the optimizer's master and two moments, fp32 each, to the weights that final/ holds.
     """
     trainable = sum(part.num_trainable for part in plan.parts)
-    saved = trainable if is_adapter_run(plan) else sum(part.num_parameters for part in plan.parts)
+    saved = trainable if plan.has_adapters else sum(part.num_parameters for part in plan.parts)
     num_checkpoints = config.train.keep_last + 1 if config.train.save_every else 0
     weight_bytes = saved * {"bfloat16": 2, "float32": 4}[config.model.dtype]
     return weight_bytes * (1 + num_checkpoints) + 12 * trainable * num_checkpoints

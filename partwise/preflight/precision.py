@@ -6,12 +6,12 @@ masters, so they are safe and no finding. Quantised weights are refused when the
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from partwise.model.folder import read_header
 from partwise.preflight.context import Context
 from partwise.records import Finding, PartPlan
 
@@ -86,8 +86,6 @@ def file_types(folder: Path) -> Counter[str]:
     """Floating type -> number of tensors, from the headers of the folder's safetensors files."""
     counts: Counter[str] = Counter()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        types = (tensor["dtype"] for name, tensor in header.items() if name != "__metadata__")
+        types = (tensor["dtype"] for tensor in read_header(path)[0].values())
         counts.update(FILE_TYPES[name] for name in types if name in FILE_TYPES)
     return counts

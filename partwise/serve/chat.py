@@ -18,14 +18,17 @@ from partwise.config import ModelConfig
 from partwise.data.chat import prompt_inputs
 from partwise.data.rows import parse_image
 from partwise.errors import DataError
-from partwise.export.adapter import is_adapter, open_adapter
+from partwise.export.adapter import open_adapter
 from partwise.export.folder import final_folder
+from partwise.model.folder import is_adapter
 from partwise.model.load import LoadedModel, load_model
 from partwise.records import Conversation, Message, Text
 from partwise.training.engine import pick_device
 
 
-def open_chat(folder: str | Path, dtype: str = "float32", trust_remote_code: bool = False) -> LoadedModel:
+def open_chat(
+    folder: str | Path, dtype: str = "float32", trust_remote_code: bool = False, accept_base: bool = False
+) -> LoadedModel:
     """The model of a model, adapter or run folder on the device at hand, in eval mode.
 
     Raises:
@@ -35,7 +38,7 @@ def open_chat(folder: str | Path, dtype: str = "float32", trust_remote_code: boo
     path = final_folder(Path(folder))
     dtype = "bfloat16" if device.type == "cuda" else dtype
     if is_adapter(path):
-        return open_adapter(path, dtype, device, trust_remote_code)
+        return open_adapter(path, dtype, device, trust_remote_code, accept_base)
     settings = ModelConfig(path=str(path), dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     loaded = load_model(settings, device=device)
     loaded.model.eval()
@@ -81,6 +84,7 @@ def run_chat(
     prompt: str | None,
     max_new_tokens: int,
     trust_remote_code: bool = False,
+    accept_base: bool = False,
     read: Callable[[str], str] = input,
 ) -> None:
     """Ask once with `prompt`, or talk until an empty line or end of input; images go with the first question.
@@ -94,7 +98,7 @@ def run_chat(
     for path in image_paths:
         if not Path(path).is_file():
             raise DataError(f"--image: there is no file {path} (from {Path.cwd()}). Correct the path.")
-    loaded = open_chat(folder, trust_remote_code=trust_remote_code)
+    loaded = open_chat(folder, trust_remote_code=trust_remote_code, accept_base=accept_base)
     if image_paths and not hasattr(loaded.processor, "image_processor"):
         raise DataError(f"--image: {folder} is a text model and takes no images. Leave --image out.")
     streamer = TextStreamer(tokenizer_of(loaded), skip_prompt=True, skip_special_tokens=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.config import Config
@@ -15,6 +16,10 @@ from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
 from partwise.errors import ConfigError
+from partwise.lineage.manifest import make_manifest
+from partwise.lineage.origin import adapter_record, match_base, model_record
+from partwise.model.adapter import load_adapter
+from partwise.model.folder import find_model_folder, model_name
 from partwise.model.load import LoadedModel, empty_model, load_model, load_processor, media_token_ids
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
@@ -44,6 +49,30 @@ class Job:
     @cached_property
     def plan(self) -> PartsPlan:
         return resolve_plan(self.empty_model, self.config)
+
+    @cached_property
+    def base_record(self) -> dict[str, Any]:
+        """What the run starts from. Its weights are read once, to know them by their content."""
+        path = self.config.model.path
+        folder = find_model_folder(path, with_weights=True)
+        return model_record(folder, model_name(path), self.empty_model)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter folder that the run goes on with."""
+        adapter = self.config.model.adapter
+        return None if adapter is None else Path(adapter).expanduser()
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """What the run's checkpoints are and come from. Raises: CheckpointError for a foreign adapter."""
+        files = self.config.data.train_files
+        if self.adapter is None:
+            return make_manifest(self.plan, self.base_record, files)
+        accepted = match_base(self.adapter, self.base_record, self.config.model.accept_base)
+        record = adapter_record(self.adapter, self.empty_model, self.base_record)
+        manifest = make_manifest(self.plan, self.base_record, files, record)
+        return manifest | ({"accepted_base": accepted} if accepted else {})
 
     @cached_property
     def processor(self) -> Any:
@@ -112,6 +141,8 @@ class Job:
         loaded = load_model(self.config.model, device=self.device)
         seed_everything(self.config.train.seed)
         apply_plan(loaded.model, self.plan)
+        if self.adapter is not None:
+            load_adapter(loaded.model, self.plan, self.adapter)
         if self.config.train.gradient_checkpointing:
             enable_gradient_checkpointing(loaded.model, self.plan)
         return loaded

@@ -16,14 +16,13 @@ import torch
 from rich.console import Console
 
 from partwise.config import Config
+from partwise.lineage.manifest import stamp_manifest
 from partwise.model.parts import set_train_mode, verify_plan
 from partwise.records import PartsPlan, StepData, StepMetrics
 from partwise.training.checkpoint import (
     load_checkpoint,
-    make_manifest,
     rotate_checkpoints,
     save_checkpoint,
-    stamp_manifest,
 )
 from partwise.training.engine import peak_memory_bytes, seed_everything
 from partwise.training.fault import explain_fault
@@ -53,10 +52,11 @@ def run_stage(
     eval_loader: StepLoader | None,
     run_folder: Path,
     num_steps: int,
+    manifest: dict[str, Any],
     resume_from: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train to `num_steps`, from the start or from a checkpoint; the manifest of the trained model.
+    """Train to `num_steps`, from the start or from a checkpoint; the run's manifest, stamped at the end.
 
     Raises:
         PlanError: what trains is not what the plan says.
@@ -68,7 +68,6 @@ def run_stage(
     model, train, device = loaded.model, config.train, loaded.model.device
     verify_plan(model, plan)
     optimizer = Optimizer(model, plan, train, num_steps)
-    manifest = make_manifest(loaded, plan, config.data.train_files)
     first_step = load_checkpoint(resume_from, optimizer, manifest) if resume_from else 0
     set_train_mode(model, plan)
 

@@ -65,6 +65,7 @@ def train_here(config: Path, break_model) -> tuple[torch.nn.Module, dict[str, to
             None,
             folder,
             job.num_steps,
+            job.manifest,
             console=Console(quiet=True),
         )
     return loaded.model, before, str(caught.value)

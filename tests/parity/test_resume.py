@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from partwise.data.loader import StepLoader
+from partwise.lineage.manifest import make_manifest
 from partwise.training.checkpoint import newest_checkpoint
 from partwise.training.engine import seed_everything
 from partwise.training.loop import run_stage
@@ -48,6 +49,7 @@ def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, **train):
         loader if config.train.eval_every else None,
         run_folder,
         STEPS,
+        make_manifest(plan, {"path": "", "fingerprint": "", "parts": {}}, config.data.train_files),
         resume_from,
         Console(quiet=True),
     )

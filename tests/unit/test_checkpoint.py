@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from partwise.config import Config, ModelConfig
 from partwise.errors import CheckpointError, TrainingError
-from partwise.model.load import load_model
+from partwise.lineage.manifest import make_manifest, read_manifest, stamp_manifest
+from partwise.lineage.origin import model_record
+from partwise.model.load import empty_model, load_model
 from partwise.model.parts import apply_plan, resolve_plan
 from partwise.training.checkpoint import (
-    base_fingerprint,
-    fingerprint_files,
     load_checkpoint,
-    make_manifest,
     newest_checkpoint,
-    read_manifest,
     rotate_checkpoints,
     save_checkpoint,
     save_final,
-    stamp_manifest,
 )
 from partwise.training.optim import Optimizer
 
@@ -52,7 +50,11 @@ class Run:
         self.plan = resolve_plan(self.loaded.model, config)
         apply_plan(self.loaded.model, self.plan)
         self.optimizer = Optimizer(self.loaded.model, self.plan, config.train, 9)
-        self.manifest = make_manifest(self.loaded, self.plan, [self.data])
+        self.manifest = self.make_manifest()
+
+    def make_manifest(self) -> dict[str, Any]:
+        base = model_record(Path(self.loaded.path), self.loaded.name, empty_model(self.loaded.path))
+        return make_manifest(self.plan, base, [self.data])
 
     def step(self) -> None:
         self.logits().float().square().mean().backward()
@@ -124,10 +126,10 @@ def test_manifest_tells_where_the_folder_comes_from(run, tiny_folder):
     manifest = read_manifest(run.save(5))
     assert manifest == json.loads((run.folder / "checkpoints/step-000005/partwise.json").read_text())
     assert (manifest["kind"], manifest["step"]) == ("full", 5)
-    assert manifest["base"] == {
-        "path": str(tiny_folder("gemma3")),
-        "fingerprint": base_fingerprint(tiny_folder("gemma3")),
-    }
+    base = model_record(tiny_folder("gemma3"), str(tiny_folder("gemma3")), empty_model(tiny_folder("gemma3")))
+    assert manifest["base"] == {key: base[key] for key in ("path", "fingerprint", "parts")}
+    assert manifest["parents"] == [base] and base["kind"] == "model"
+    assert set(base["parts"]) == {"vision_tower", "projector", "language_model"}
     assert {part: plan["mode"] for part, plan in manifest["plan"].items()} == {
         "vision_tower": "frozen",
         "projector": "full",
@@ -219,7 +221,7 @@ def test_final_is_replaced_as_a_whole(run):
 def test_other_data_or_another_base_is_refused(run, tiny_folder, tmp_path):
     folder = run.save(1)
     run.data.write_text('{"other": 1}\n')
-    changed = make_manifest(run.loaded, run.plan, [run.data])
+    changed = run.make_manifest()
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder, run.optimizer, changed)
     assert str(caught.value) == (
@@ -227,7 +229,7 @@ def test_other_data_or_another_base_is_refused(run, tiny_folder, tmp_path):
         f"{run.manifest['data']['fingerprint'][:12]}, now {changed['data']['fingerprint'][:12]}). "
         "Put it back as it was, or start a new run with another output."
     )
-    changed = {**run.manifest, "base": {"path": "", "fingerprint": base_fingerprint(tiny_folder("llama"))}}
+    changed = {**run.manifest, "base": {**run.manifest["base"], "fingerprint": "0" * 64}}
     with pytest.raises(CheckpointError, match="the base model is not the one the run was started with"):
         load_checkpoint(folder, run.optimizer, changed)
 
@@ -244,29 +246,8 @@ def test_a_torn_or_broken_checkpoint_is_told(run):
     with pytest.raises(CheckpointError, match=r"partwise\.json cannot be read: .*The folder is damaged"):
         read_manifest(folder)
     (folder / "partwise.json").write_text('{"format": 99}')
-    with pytest.raises(CheckpointError, match=r"partwise\.json: format 99 is not 1"):
+    with pytest.raises(CheckpointError, match=r"partwise\.json: format 99 is not 2"):
         read_manifest(folder)
     (folder / "partwise.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no partwise\.json: its writing was cut off"):
         load_checkpoint(folder, run.optimizer, run.manifest)
-
-
-def test_fingerprint_sees_a_byte_of_config_and_any_trained_tensor(run, tmp_path, tiny_folder):
-    folder = run.save(1)
-    assert base_fingerprint(folder) != base_fingerprint(tiny_folder("gemma3"))
-    before = base_fingerprint(folder)
-    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert base_fingerprint(folder) != before
-    assert base_fingerprint(tmp_path / "missing") == ""
-
-
-def test_fingerprint_samples_large_files_all_over(tmp_path):
-    path = tmp_path / "large.safetensors"
-    data = bytearray(3 << 20)
-    path.write_bytes(data)
-    before = fingerprint_files([path])
-    for start in (0, 1 << 20, 2 << 20):
-        changed = data.copy()
-        changed[start : start + 4096] = b"x" * 4096
-        path.write_bytes(changed)
-        assert fingerprint_files([path]) != before

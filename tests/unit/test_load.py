@@ -236,8 +236,9 @@ def test_adapter_folder_is_no_model(copy_of):
     folder = copy_of("gemma3")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "models/base"}')
     assert refusal(folder) == (
-        f"{folder} holds an adapter (adapter_config.json), not a whole model. Give its base model "
-        "(models/base) as model.path, or merge the adapter into the base and give the merged folder."
+        f"{folder} holds an adapter (adapter_config.json), not a whole model. To train it further, give its "
+        "base model (models/base) as model.path and this folder as model.adapter; to start from both as one "
+        "model, export it with --to hf and give that folder."
     )
     (folder / "config.json").unlink()
     assert type(load_processor(folder)).__name__ == "Gemma3Processor"

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionConfig
 
-from partwise.errors import CheckpointError, PlanError
+from partwise.errors import PlanError
+from partwise.model.adapter import load_adapter
 from partwise.model.parts import (
     adapter_config,
     adapter_state,
     apply_plan,
     find_parts,
-    load_adapter_state,
     resolve_plan,
     set_train_mode,
     verify_plan,
@@ -383,28 +383,8 @@ def test_plain_peft_loads_the_adapter(
 
     again = load_tiny(family)
     apply_plan(again, plan)
-    load_adapter_state(again, plan, adapter_state(model, plan))
+    load_adapter(again, plan, tmp_path)
     torch.testing.assert_close(again.eval()(**batch).logits, trained, rtol=0, atol=0)
     set_train_mode(again, plan)
     backward(again, batch)
     assert {n for n, p in again.named_parameters() if p.grad is not None} == set(plan.trainable)
-
-
-def test_adapter_state_is_strict(load_tiny, make_config):
-    model = load_tiny("llama")
-    plan = resolve_plan(model, make_config("language_model: {mode: lora, lora_targets: attention}"))
-    apply_plan(model, plan)
-    state = adapter_state(model, plan)
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    with pytest.raises(CheckpointError) as error:
-        load_adapter_state(model, plan, {("x" if key == name else key): t for key, t in state.items()})
-    assert str(error.value) == (
-        f"the adapter does not fit the plan: 1 tensors are missing ({name}) and 1 are not expected (x). "
-        "Use the parts and LoRA settings that it was trained with."
-    )
-    with pytest.raises(CheckpointError) as error:
-        load_adapter_state(model, plan, {**state, name: torch.zeros(2, 64)})
-    assert str(error.value) == (
-        f"the adapter does not fit the plan: {name} is (2, 64) in the file and (16, 64) in the model. "
-        "Use the lora_rank and the base it was trained with."
-    )
