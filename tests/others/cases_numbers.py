@@ -45,7 +45,13 @@ def pad(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def run_trainer(
-    model: Any, examples: list[Example], folder: Path, batch_size: int, num_steps: int, **settings: Any
+    model: Any,
+    examples: list[Example],
+    folder: Path,
+    batch_size: int,
+    num_steps: int,
+    resume: bool = False,
+    **settings: Any,
 ) -> Trainer:
     """transformers' Trainer after so many steps over all of the examples' rows, or one row each."""
     rows = [
@@ -60,14 +66,13 @@ def run_trainer(
         logging_steps=1,
         report_to=[],
         use_cpu=True,
-        save_strategy="no",
         disable_tqdm=True,
         remove_unused_columns=False,
-        **settings,
+        **{"save_strategy": "no", **settings},
     )
     trainer = Trainer(model, arguments, data_collator=pad, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

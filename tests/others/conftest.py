@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from bench import Bench, Row
 
 # Before they are imported: a failed assert in a case then shows its values.
-pytest.register_assert_rewrite("bench", "cases_folders", "cases_numbers", "cases_parts", "cases_rows")
+CASES = ("folders", "gradients", "losses", "models", "numbers", "parts", "pictures", "rows", "runs")
+pytest.register_assert_rewrite("bench", *(f"cases_{name}" for name in CASES))
 
 
 @pytest.fixture(scope="session")

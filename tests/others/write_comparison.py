@@ -21,19 +21,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 import cases_folders
+import cases_gradients
+import cases_losses
+import cases_models
 import cases_numbers
 import cases_parts
+import cases_pictures
 import cases_rows
+import cases_runs
 import torch
 from bench import Bench, Row
 
 Case = Callable[[Bench], Row]
 
 SECTIONS: dict[str, tuple[Case, ...]] = {
-    "What trains": cases_parts.CASES,
-    "What a row becomes": cases_rows.CASES,
-    "What a step computes": cases_numbers.CASES,
-    "What is saved and loaded": cases_folders.CASES,
+    "What trains": (*cases_parts.CASES, *cases_gradients.CASES),
+    "What a row becomes": (*cases_rows.CASES, *cases_pictures.CASES),
+    "What a step computes": (*cases_numbers.CASES, *cases_losses.CASES),
+    "What is saved and loaded": (*cases_folders.CASES, *cases_models.CASES),
+    "What a run starts from": cases_runs.CASES,
 }
 CASES = tuple(case for cases in SECTIONS.values() for case in cases)
 
@@ -55,6 +61,23 @@ Each line below is a test in `tests/others/`, which brings about the situation t
 "Plain" means transformers, PEFT and torch with nothing in between: `from_pretrained`, `get_peft_model`, the
 processor, the model's own loss, `torch.optim.AdamW` and `Trainer`. Tools that stand on them may catch some
 of it themselves.
+
+Five failures that cost people days have an end-to-end test of their own, `tests/e2e/test_stories.py`, in which
+the commands meet the setup that went wrong:
+
+- **Everything frozen.** `finetuning_type: full` and all three freeze flags under DeepSpeed, ZeRO-2 or ZeRO-3:
+  `IndexError: list index out of range`, or an `AssertionError` without text. Here: an error before weights are
+  looked for, with the three lines and the usual recipe.
+- **Gradients that do not arrive.** Adapters on the vision tower, checkpointing, a hook on the text embeddings
+  alone: the tower's gradients are `None`, and training goes on. Here: the same losses and gradient norms with
+  and without checkpointing, and a proof that every tensor moved.
+- **Flags that contradict.** `train_mm_proj_only` beside `freeze_multi_modal_projector`: the one that is read
+  last wins. Here: an error that names both.
+- **A loss that starts at 70.** Multiplied by the batches that are accumulated. Here: one number for every
+  split; and where a trained model's first loss is too high, `partwise check` tries the usual causes and names
+  the one that explains it.
+- **A full checkpoint that cannot be a LoRA base.** No config, no tokenizer, or names of a wrapper. Here: an
+  error that names what is missing and where to get it; what Partwise saves is such a base, in a fresh process.
 
 The models are tiny random ones of Gemma-3, LLaVA, Qwen2.5-VL and Llama, so a number tells that something
 happens, not how much it costs a real model. Numbers and quoted messages are from the run that wrote this
