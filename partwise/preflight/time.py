@@ -129,10 +129,9 @@ def evaluations(context: Context, timing: Timing) -> tuple[int, float]:
 def time_passes(context: Context) -> Timing:
     """Raises: torch.OutOfMemoryError where a micro-batch does not fit."""
     job, model = context.job, context.loaded.model
-    start = time.perf_counter()
     batches = typical_batches(context)
-    num_rows = sum(len(batch.rows) for batch in batches)
-    row = (time.perf_counter() - start) / num_rows
+    again = seconds_of(partial(typical_batches, context), job.device)  # the first time may still warm up
+    row = again / sum(len(batch.rows) for batch in batches)
     usual = job.config.train.micro_batch_size * tokens_per_row(context.train_scan, job)
     scale = usual / mean(batch.num_input_tokens for batch in batches)
     with untouched(model):
