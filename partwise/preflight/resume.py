@@ -48,8 +48,8 @@ def check_resume(context: Context) -> list[Finding]:
     try:
         checkpoint = find_start(folder, context.config, resume=True)
     except (CheckpointError, ConfigError) as error:
-        text = f"{folder} holds files already, and --resume cannot go on with them: {error}"
-        return [Finding("resume", "warning", text, where, "Choose another output for a new run.")]
+        text = f"training would refuse this output: {str(error).removeprefix('--resume: ')}"
+        return [Finding("resume", "warning", text, where)]
     check_saved_plan(folder, context.job.plan)
     start = str(checkpoint) if checkpoint else "step 1: it has no whole checkpoint yet"
     return [Finding("resume", "info", f"{folder} holds a run; --resume goes on from {start}", where)]
@@ -93,7 +93,10 @@ def find_start(folder: Path, config: Config, resume: bool) -> Path | None:
             )
         return None
     if not saved.is_file():
-        raise ConfigError(f"--resume: {folder} holds no run to go on with. Leave --resume out to start one.")
+        way_out = (
+            "Leave --resume out to start one." if is_empty(folder) else "Choose another output for a new one."
+        )
+        raise ConfigError(f"--resume: {folder} holds no run to go on with. {way_out}")
     if is_finished(folder):
         raise ConfigError(f"--resume: {folder} is finished: {folder / 'final'} is its result.")
     if changed := list(changed_keys(load_config(saved), config)):

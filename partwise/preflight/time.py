@@ -26,15 +26,18 @@ from partwise.training.step import accumulate_loss, batch_loss_sum
 
 # Micro-batches that are timed, for how long they are repeated, and how often at the most.
 NUM_BATCHES = 3
-ENOUGH_SECONDS = 0.5
-MOST_ROUNDS = 10
+ENOUGH_SECONDS = 0.2
+MOST_ROUNDS = 5
 # How many of the numbers that train are updated on trial: 256 MiB with gradients and moments.
 TRIED_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one micro-batch of the usual number of tokens, of one update, and of preparing one row."""
+    """Seconds of one micro-batch of the usual number of tokens, of one update, and of preparing one row.
+
+    `forward` is the micro-batch without its backward pass, 0 where no evaluation needs it.
+    """
 
     backward: float
     forward: float
@@ -129,18 +132,19 @@ def evaluations(context: Context, timing: Timing) -> tuple[int, float]:
 def time_passes(context: Context) -> Timing:
     """Raises: torch.OutOfMemoryError where a micro-batch does not fit."""
     job, model = context.job, context.loaded.model
-    start = time.perf_counter()
     batches = typical_batches(context)
-    num_rows = sum(len(batch.rows) for batch in batches)
-    row = (time.perf_counter() - start) / num_rows
+    again = seconds_of(partial(typical_batches, context), job.device)  # the first time may still warm up
+    row = again / sum(len(batch.rows) for batch in batches)
     usual = job.config.train.micro_batch_size * tokens_per_row(context.train_scan, job)
     scale = usual / mean(batch.num_input_tokens for batch in batches)
     with untouched(model):
         passes = [partial(accumulate_loss, model, [batch], job.device) for batch in batches]
         backward = measured_seconds(passes, job.device)
-    with measuring(model):
-        passes = [partial(batch_loss_sum, model, batch, job.device) for batch in batches]
-        forward = measured_seconds(passes, job.device)
+    forward = 0.0
+    if job.eval_rows is not None:
+        with measuring(model):
+            passes = [partial(batch_loss_sum, model, batch, job.device) for batch in batches]
+            forward = measured_seconds(passes, job.device)
     sizes = [model.get_parameter(name).numel() for name in job.plan.trainable]
     shape = batches[len(batches) // 2].input_ids.shape
     return Timing(backward * scale, forward * scale, update_seconds(sizes, job.device), row, tuple(shape))
