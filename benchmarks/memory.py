@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
-from step import git_commit, write_model
+from step import describe_machine, write_model
 
 from partwise.config import load_config
 from partwise.model.parts import set_train_mode
@@ -132,11 +129,7 @@ def run_cell(name: str, folder: Path) -> dict:
     return {
         "cell": f"gemma-3-4b, {name}",
         "command": f"python benchmarks/memory.py OUT.jsonl '{name}'",
-        "commit": git_commit(),
-        "hardware": torch.cuda.get_device_name(),
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft")}
-        | {"python": platform.python_version()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_machine(),
         "micro_batch_size": num_rows,
         "gradient_checkpointing": checkpointing,
         "num_tokens": longest.num_tokens,

@@ -67,6 +67,15 @@ CELLS = {
         "parts": {"projector": "full", "language_model": "full"},
         "train": {"gradient_checkpointing": True},
     },
+    # Beside the cells that log every step, what watching a step costs.
+    "lora-log-every-3": {
+        "parts": {"language_model": {"mode": "lora", "lora_rank": 16}},
+        "train": {"log_every": 3},
+    },
+    "full-checkpointing-log-every-3": {
+        "parts": {"projector": "full", "language_model": "full"},
+        "train": {"gradient_checkpointing": True, "log_every": 3},
+    },
     "all-full-checkpointing": {
         "parts": {"vision_tower": "full", "projector": "full", "language_model": "full"},
         "train": {"gradient_checkpointing": True},
@@ -153,11 +162,7 @@ def run_cell(name: str, folder: Path) -> dict:
     row = {
         "cell": f"gemma-3-4b image questions, {name}",
         "command": f"python benchmarks/step.py OUT.jsonl {name}",
-        "commit": git_commit(),
-        "hardware": torch.cuda.get_device_name(),
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft")}
-        | {"python": platform.python_version()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_machine(),
         "micro_batch_size": config["train"]["micro_batch_size"],
         "gradient_checkpointing": config["train"].get("gradient_checkpointing", False),
     }
@@ -165,7 +170,7 @@ def run_cell(name: str, folder: Path) -> dict:
         return row | {"error": done.stderr.strip()[-600:]}
     records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     lines = [record for record in records if "loss" in record]
-    measured = lines[NUM_WARMUP_STEPS:]
+    measured = [line for line in lines if line["step"] > NUM_WARMUP_STEPS]
     seconds = [line["step_seconds"] for line in measured]
     rates = [line["num_input_tokens"] / line["step_seconds"] for line in measured]
     return row | {
@@ -174,12 +179,25 @@ def run_cell(name: str, folder: Path) -> dict:
         "tokens_per_second_min": round(min(rates)),
         "tokens_per_second_max": round(max(rates)),
         "step_seconds_median": round(statistics.median(seconds), 4),
+        "step_seconds_mean": round(statistics.mean(seconds), 4),
         "data_wait_seconds_median": round(
             statistics.median(line["data_wait_seconds"] for line in measured), 4
         ),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
+    }
+
+
+def describe_machine() -> dict:
+    """What every row says of where it was measured."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "commit": git_commit(),
+        "hardware": torch.cuda.get_device_name() if has_gpu else f"{platform.machine()} CPU",
+        "versions": {n: version(n) for n in ("torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
