@@ -122,7 +122,7 @@ def compare_flags(
         faults.append(
             Fault(
                 flag,
-                f"the freeze flags mean parts.{part}: {said_text}, but parts "
+                f"the freeze flags ({', '.join(flags)}) mean parts.{part}: {said_text}, but parts "
                 f"({where(f'parts.{part}')}) means {meant_text}. Remove the flags, or parts.",
             )
         )

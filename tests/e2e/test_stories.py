@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
+from plain import (
+    Wrapper,
+    load_base,
+    lora_with_reentrant_checkpointing,
+    plain_inputs,
+    save_full_fine_tune,
+    trainer_loss,
 )
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 FROZEN = {
     "parts": None,
@@ -36,52 +36,6 @@ LORA_BOTH = {
     "language_model": {"mode": "lora", "learning_rate": 1e-3},
 }
 
-# What ZeRO says, as JSON by what is open. Without its shared-memory kernel, which one process does not
-# need, nothing is compiled.
-ZERO = """
-import json, os, sys, torch
-from deepspeed.ops import __compatible_ops__
-__compatible_ops__["deepspeed_shm_comm"] = False
-os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/store", rank=0, world_size=1)
-import deepspeed
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
-ids = torch.arange(10, 30)
-rows = 2 * [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}]
-
-def train(stage, opened):
-    settings = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 2}
-    arguments = TrainingArguments(
-        sys.argv[2], max_steps=1, per_device_train_batch_size=2, deepspeed=settings, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True,
-    )
-    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="float32").requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(opened)
-    model.model.language_model.requires_grad_(opened)
-    return Trainer(model, arguments, train_dataset=rows).train().training_loss
-
-def give_everything_to_adamw(stage):
-    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="float32").requires_grad_(False)
-    deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters()),
-        config={"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 2},
-    )
-
-said = {}
-for stage in (2, 3):
-    for name, function, arguments in (
-        ("Trainer, frozen", train, (stage, False)),
-        ("Trainer, open", train, (stage, True)),
-        ("AdamW, frozen", give_everything_to_adamw, (stage,)),
-    ):
-        try:
-            said[f"ZeRO-{stage}, {name}"] = function(*arguments)
-        except Exception as error:
-            said[f"ZeRO-{stage}, {name}"] = f"{type(error).__name__}: {error}"
-print(json.dumps(said))
-"""
-
 
 def told(done) -> str:
     """What a command printed, without its line breaks."""
@@ -92,41 +46,20 @@ def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def load_base(folder: Path) -> torch.nn.Module:
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
-
-
-def plain_inputs(toy, num_rows: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of the toy's data as the plain processor makes them; all text tokens are labels."""
-    processor = AutoProcessor.from_pretrained(toy.base)
-    rows = [json.loads(line) for line in toy.train.read_text().splitlines()[:num_rows]]
-    made = []
-    for row in rows:
-        image = {"type": "image", "image": str(toy.train.parent / row["images"][0])}
-        question, answer = (
-            {"type": "text", "text": message["content"].removeprefix("<image>")}
-            for message in row["messages"]
-        )
-        chat = [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": [answer]}]
-        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
-        made.append({**inputs, "labels": inputs["input_ids"]})
-    return made
-
-
 # 1. Everything frozen
 
 
 def test_everything_frozen_under_deepspeed_is_an_index_error(toy, tmp_path, run_python) -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed: pip install -c constraints.txt '.[deepspeed]'")
-    done = run_python(ZERO, toy.base, tmp_path)
+        pytest.skip("DeepSpeed is not installed; `make venv` does it")
+    done = run_python(Path(__file__).with_name("zero.py").read_text(), toy.base, tmp_path)
     assert done.code == 0, done.err
     said = json.loads(done.out.splitlines()[-1])
-    for stage in (2, 3):
-        assert said[f"ZeRO-{stage}, Trainer, frozen"] == "IndexError: list index out of range"
-        assert said[f"ZeRO-{stage}, Trainer, open"] > 4  # the same with two parts open trains
-    assert said["ZeRO-2, AdamW, frozen"] == "IndexError: list index out of range"
-    assert said["ZeRO-3, AdamW, frozen"] == "AssertionError: "
+    for stage in said.values():
+        assert stage["Trainer, frozen"] == "IndexError: list index out of range"
+        assert stage["Trainer, open"] > 4  # the same with two parts open trains
+    assert said["ZeRO-2"]["AdamW, frozen"] == "IndexError: list index out of range"
+    assert said["ZeRO-3"]["AdamW, frozen"] == "AssertionError: "
 
 
 def test_everything_frozen_is_refused_before_weights_are_looked_for(toy, tmp_path, run_cli) -> None:
@@ -156,17 +89,6 @@ def read_plan(run: Path) -> dict[str, dict]:
 
 
 # 2. Gradients that do not arrive
-
-
-def lora_with_reentrant_checkpointing(base: Path) -> torch.nn.Module:
-    """Adapters on both sides; only the text embeddings have the hook that reentrant checkpointing needs."""
-    model = get_peft_model(load_base(base), LoraConfig(target_modules=["q_proj", "v_proj"]))
-    model.train()
-    plain = model.get_base_model()
-    plain.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
-    plain.disable_input_require_grads()
-    plain.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
-    return model
 
 
 def test_gradients_of_a_checkpointed_tower_are_lost_without_an_error(toy) -> None:
@@ -212,7 +134,8 @@ def test_every_gradient_arrives_with_and_without_checkpointing(toy, tmp_path, ru
 # 3. Flags that contradict
 
 
-CONTRADICTIONS = (
+CONTRADICTIONS: tuple[dict, ...] = (
+    {"train_mm_proj_only": True, "parts": {"language_model": "full"}},
     {"train_mm_proj_only": True, "freeze_multi_modal_projector": True},
     {"train_mm_proj_only": True, "freeze_language_model": False},
     {"train_mm_proj_only": True, "freeze_vision_tower": False},
@@ -238,7 +161,7 @@ def test_plain_flags_mean_what_comes_last(toy) -> None:
 
 @pytest.mark.parametrize("flags", CONTRADICTIONS, ids=lambda flags: "-".join(flags))
 def test_flags_that_contradict_are_an_error_that_names_both(toy, tmp_path, run_cli, flags) -> None:
-    config = toy.config(tmp_path, parts=None, **flags)
+    config = toy.config(tmp_path, **{"parts": None, **flags})
     for command in ("check", "train"):
         done = run_cli(command, config)
         assert done.code == 1 and all(flag in told(done) for flag in flags), told(done)
@@ -257,38 +180,6 @@ def test_the_projector_alone_trains_the_projector_alone(toy, tmp_path, run_cli) 
 
 
 # 4. A loss that starts at 70
-
-
-class Wrapper(torch.nn.Module):
-    """A model behind a forward that takes any keyword and passes on those it knows, as many tools have."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-
-
-def trainer_loss(model: torch.nn.Module, folder: Path, num_micro_batches: int) -> float:
-    """The loss that transformers' Trainer reports for one step over eight equal rows."""
-    ids = torch.arange(10, 30)
-    rows = 8 * [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}]
-    arguments = TrainingArguments(
-        folder,
-        max_steps=1,
-        per_device_train_batch_size=8 // num_micro_batches,
-        gradient_accumulation_steps=num_micro_batches,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer.state.log_history[0]["loss"]
 
 
 def test_a_wrapped_loss_is_multiplied_by_the_micro_batches(toy, tmp_path) -> None:
@@ -335,22 +226,6 @@ def test_a_first_loss_that_is_too_high_has_its_cause_named(toy, tmp_path, run_cl
 # 5. A full checkpoint that cannot be a LoRA base
 
 
-def full_fine_tune_saved_plainly(toy, folder: Path, form: str) -> Path:
-    model = load_base(toy.base)
-    if form == "save_pretrained alone":
-        model.save_pretrained(folder)
-        return folder
-    shutil.copytree(toy.base, folder)
-    tensors = load_file(folder / "model.safetensors")
-    if form == "weights alone":
-        shutil.rmtree(folder)
-        folder.mkdir()
-    else:
-        tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 # Each is what plain loading does, and what Partwise must name.
 SAVED = {
     "weights alone": ("Unrecognized model", ["has no config.json", "copy it from the model"]),
@@ -361,7 +236,7 @@ SAVED = {
 
 @pytest.mark.parametrize("form", SAVED)
 def test_a_full_model_that_is_no_base_is_refused_by_what_it_lacks(toy, tmp_path, run_cli, form) -> None:
-    folder = full_fine_tune_saved_plainly(toy, tmp_path / "full", form)
+    folder = save_full_fine_tune(toy, tmp_path / "full", form)
     plain_error, words = SAVED[form]
     if plain_error:
         with pytest.raises(ValueError, match=plain_error):

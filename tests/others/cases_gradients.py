@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from bench import Bench, Row, failure, listening, trained_names, update
+from cases_folders import edited_copy
 from cases_parts import plan_of
 from cases_rows import row_of
 from peft import LoraConfig, get_peft_model
 
 from partwise.data.collate import collate
+from partwise.model.load import load_model
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan, resolve_plan
 from partwise.records import PartsPlan, StepData
@@ -173,6 +175,7 @@ def tied_embeddings_beside_adapters(bench: Bench) -> Row:
     apart = int((tables[0] != tables[1]).any(dim=1).sum())
     flags = merged.config.tie_word_embeddings, merged.config.text_config.tie_word_embeddings
     assert apart > 0 and flags == (False, True)
+    message = warned_of(bench, merged)
     mine, plan = opened_by(bench, "parts: {language_model: full}")
     config = bench.config("parts: {language_model: full}")
     step = StepData(0, (collate([bench.example(row_of(1, "red"))], 0),))
@@ -184,8 +187,23 @@ def tied_embeddings_beside_adapters(bench: Bench) -> Row:
         f"One warning, and the two come apart: {apart} of {len(tables[0])} rows differ after 3 steps. The "
         "merged config says both: `tie_word_embeddings` is false at the top and true in `text_config`.",
         "Beside adapters the embeddings stay frozen. A language model in full trains them as one tensor, "
-        "tied before and after.",
+        "tied before and after. Of a folder that says both, `partwise check` warns.",
+        message,
     )
+
+
+def warned_of(bench: Bench, model: Any) -> str:
+    """The warning of check about this model, saved with everything that a folder needs."""
+    folder = edited_copy(bench, "said-twice", lambda tensors: tensors)
+    model.save_pretrained(folder)
+    config = bench.config("parts: {language_model: full}")
+    settings = config.model.model_copy(update={"path": str(folder)})
+    findings = check(config.model_copy(update={"model": settings}), only=["model"])
+    (message,) = [finding.message for finding in findings if finding.level == "warning"]
+    assert "tie_word_embeddings is false, and true in text_config" in message
+    loaded = load_model(settings).model
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    return message.replace(f"{bench.folder}/", "")
 
 
 CASES = (

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, Gemma3ForCausalLM
 
 from partwise.config import ModelConfig
 from partwise.model.load import load_model
+from partwise.run import check
 
 ADAPTERS = LoraConfig(target_modules=r".*language_model.*\.q_proj")
 
@@ -29,7 +30,7 @@ def head_that_is_not_there(bench: Bench) -> Row:
     assert "set tie_word_embeddings: true there" in message
     return Row(
         "`tie_word_embeddings` says false, and the file has no head.",
-        "Loads with a random head: the first loss is that of a guess. A table in the log says so.",
+        "Loads with a random head. A table in the log says so.",
         "Stops, and names the key.",
         message,
     )
@@ -93,6 +94,28 @@ def adapter_as_base(bench: Bench) -> Row:
     )
 
 
+def tokens_without_a_row(bench: Bench) -> Row:
+    folder = edited_copy(bench, "more-tokens", lambda tensors: tensors)
+    processor = bench.processor()
+    processor.tokenizer.add_tokens([f"[place_{i}]" for i in range(20)])
+    processor.save_pretrained(folder)
+    model, _, said = open_plain(folder)
+    ids = processor.tokenizer("at [place_19]", return_tensors="pt")["input_ids"]
+    stopped = failure(model, input_ids=ids)
+    assert stopped == "IndexError: index out of range in self" and not said
+    config = bench.config("parts: {language_model: full}")
+    settings = config.model.model_copy(update={"path": str(folder)})
+    (finding,) = check(config.model_copy(update={"model": settings}), only=["model"])
+    message = finding.message.replace(f"{bench.folder}/", "")
+    assert finding.level == "error" and "7 of the tokenizer's 519 tokens lie beyond the 512 rows" in message
+    return Row(
+        "Tokens were added to the tokenizer, and the model's embeddings were not resized.",
+        f"Loads. The first row that holds one of the last ends the run: `{stopped}`.",
+        "Stops before the weights are read, and names the tokens.",
+        message,
+    )
+
+
 def file_cut_off(bench: Bench) -> Row:
     folder = bench.folder / "cut"
     shutil.copytree(bench.base(), folder)
@@ -115,5 +138,6 @@ CASES = (
     multimodal_model_as_text_model,
     adapters_that_were_not_merged,
     adapter_as_base,
+    tokens_without_a_row,
     file_cut_off,
 )

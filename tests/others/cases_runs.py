@@ -108,7 +108,7 @@ def resumed_on_other_data(bench: Bench) -> Row:
     assert "the training data is not the one the run was started with" in message
     return Row(
         "A run is resumed, and its data file is another one now.",
-        "Goes on with the new rows from the old place in them. Nothing is said.",
+        "Goes on with the new rows. Nothing is said.",
         "Stops. A checkpoint knows a fingerprint of its data and of its base; `partwise train` also refuses "
         "another learning rate, seed or batch.",
         message,
@@ -116,7 +116,7 @@ def resumed_on_other_data(bench: Bench) -> Row:
 
 
 def evaluation_on_training_rows(bench: Bench) -> Row:
-    examples = make_examples()
+    examples = 2 * make_examples()
     with listening() as said:
         trainer = run_trainer(bench.load("llama"), examples, bench.folder / "o", 4, 1)
         loss = trainer.evaluate(trainer.train_dataset)["eval_loss"]

@@ -62,12 +62,12 @@ Each line below is a test in `tests/others/`, which brings about the situation t
 processor, the model's own loss, `torch.optim.AdamW` and `Trainer`. Tools that stand on them may catch some
 of it themselves.
 
-Five failures that cost people days have an end-to-end test of their own, `tests/e2e/test_stories.py`, in which
-the commands meet the setup that went wrong:
+Five failures that cost people days have an end-to-end test of their own, `tests/e2e/test_stories.py`, in
+which the commands meet the setup that went wrong:
 
-- **Everything frozen.** `finetuning_type: full` and all three freeze flags under DeepSpeed, ZeRO-2 or ZeRO-3:
-  `IndexError: list index out of range`, or an `AssertionError` without text. Here: an error before weights are
-  looked for, with the three lines and the usual recipe.
+- **Everything frozen.** `finetuning_type: full` and all three freeze flags under DeepSpeed, ZeRO-2 or
+  ZeRO-3: `IndexError: list index out of range`, or an `AssertionError` without text. Here: an error before
+  weights are looked for, with the three lines and the usual recipe.
 - **Gradients that do not arrive.** Adapters on the vision tower, checkpointing, a hook on the text embeddings
   alone: the tower's gradients are `None`, and training goes on. Here: the same losses and gradient norms with
   and without checkpointing, and a proof that every tensor moved.
@@ -77,7 +77,8 @@ the commands meet the setup that went wrong:
   split; and where a trained model's first loss is too high, `partwise check` tries the usual causes and names
   the one that explains it.
 - **A full checkpoint that cannot be a LoRA base.** No config, no tokenizer, or names of a wrapper. Here: an
-  error that names what is missing and where to get it; what Partwise saves is such a base, in a fresh process.
+  error that names what is missing and where to get it; what Partwise saves is such a base, in a fresh
+  process.
 
 The models are tiny random ones of Gemma-3, LLaVA, Qwen2.5-VL and Llama, so a number tells that something
 happens, not how much it costs a real model. Numbers and quoted messages are from the run that wrote this

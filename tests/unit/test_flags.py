@@ -235,24 +235,26 @@ def test_flags_beside_parts_that_mean_the_same():
     [
         (
             (f"{PROJECTOR}: true", "finetuning_type: lora", "parts: {projector: full, language_model: lora}"),
-            "c.yaml:4: the freeze flags mean parts.projector: frozen, but parts (c.yaml:6) means full. "
+            f"c.yaml:4: the freeze flags ({PROJECTOR}, finetuning_type) mean parts.projector: frozen, "
+            "but parts (c.yaml:6) means full. "
             "Remove the flags, or parts.",
         ),
         (
             ("finetuning_type: full", "parts: {language_model: lora}"),
-            "c.yaml:4: the freeze flags mean parts.language_model: full, but parts (c.yaml:5) means lora. "
+            "c.yaml:4: the freeze flags (finetuning_type) mean parts.language_model: full, "
+            "but parts (c.yaml:5) means lora. "
             "Remove the flags, or parts.",
         ),
         (
             (f"{VISION}: false", "finetuning_type: lora", "parts: {language_model: lora}"),
-            "c.yaml:4: the freeze flags mean parts.vision_tower: lora, but parts (c.yaml:6) means frozen. "
+            f"c.yaml:4: the freeze flags ({VISION}, finetuning_type) mean parts.vision_tower: lora, "
+            "but parts (c.yaml:6) means frozen. "
             "Remove the flags, or parts.",
         ),
         (
             ("finetuning_type: freeze", "parts: {language_model: full}"),
-            "c.yaml:4: the freeze flags mean parts.language_model: full, layers -2:, but parts "
-            "(c.yaml:5) means "
-            "full. Remove the flags, or parts.",
+            "c.yaml:4: the freeze flags (finetuning_type) mean parts.language_model: full, layers -2:, "
+            "but parts (c.yaml:5) means full. Remove the flags, or parts.",
         ),
     ],
 )
