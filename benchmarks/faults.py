@@ -8,6 +8,7 @@ alone. Children are forked from a warm parent, so that a fault costs seconds. On
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import matplotlib.figure
 import numpy as np
 import torch
 import yaml
@@ -35,6 +37,7 @@ from PIL import Image
 from step import git_commit
 
 from partwise import cli, run
+from partwise.config import load_config
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import read_manifest
 from partwise.tiny import write_tiny
@@ -47,7 +50,8 @@ PARTS = {
     "full": {"vision_tower": "full", "projector": "full", "language_model": "full"},
     "lora": {"projector": "full", "language_model": {"mode": "lora", "learning_rate": 1e-2}},
 }
-NOBODY = 65534
+CAPABILITIES = 0x20080522  # version 3 of Linux's struct of them
+DAC_OVERRIDE = 1 << 1
 TIMEOUT_SECONDS = 120
 
 
@@ -55,12 +59,14 @@ def main() -> None:
     out, times = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 50
     names = sys.argv[3:] or list(FAULTS)
     torch.set_num_threads(1)
+    assert matplotlib.figure  # imported here for the plots of the children
     random.seed(0)
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
-        folder.chmod(0o755)
         write_tiny("gemma3", folder / "base")
         write_rows(folder)
+        for mode in PARTS:  # in this process, so that all imports are made before the first fork
+            run.check(load_config(new_trial(folder, mode).folder / "config.yaml"))
         references = {mode: left_alone(folder, mode) for mode in PARTS}
         for name in names:
             row = run_fault(name, times, folder, references)
@@ -86,7 +92,7 @@ def write_rows(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that was left alone: its trained weights, and how long its start and its training took."""
+    """A run that was left alone: its weights, and the seconds to its first step and from there to final/."""
 
     weights: bytes
     start_seconds: float
@@ -102,7 +108,7 @@ class Trial:
     losses: Counter = field(default_factory=Counter)
     pid: int = 0
     first_step: int = 0
-    is_nobody: bool = False
+    obeys_modes: bool = False
 
     @property
     def run(self) -> Path:
@@ -118,7 +124,7 @@ class Trial:
         if self.pid == 0:
             code = 99
             try:
-                code = train_here(["partwise", "train", str(config), *resume], self.folder, self.is_nobody)
+                code = train_here(["partwise", "train", str(config), *resume], self.folder, self.obeys_modes)
             finally:
                 os._exit(code)
 
@@ -169,15 +175,13 @@ class Trial:
         shutil.rmtree(self.folder)
 
 
-def train_here(argv: list[str], folder: Path, is_nobody: bool) -> int:
+def train_here(argv: list[str], folder: Path, obeys_modes: bool) -> int:
     """The command in this process; what it prints goes to files in the folder."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if is_nobody:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    if obeys_modes:
+        obey_modes()
     sys.argv = argv
     try:
         cli.main()
@@ -190,6 +194,15 @@ def train_here(argv: list[str], folder: Path, is_nobody: bool) -> int:
         traceback.print_exc()
         return 70
     return 0
+
+
+def obey_modes() -> None:
+    """Read-only folders are read-only from now on, also for root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    sets[0] &= ~DAC_OVERRIDE
+    assert libc.capset(header, sets) == 0
 
 
 def trained_weights(run_folder: Path) -> bytes:
@@ -222,8 +235,11 @@ def left_alone(folder: Path, mode: str) -> Reference:
     trial.start()
     trial.wait_for_step()
     begun = time.monotonic()
+    while not (trial.has_ended() or trial.is_finished()):
+        time.sleep(0.005)
+    ended = time.monotonic()
     assert trial.wait() == 0, trial.told
-    return Reference(trained_weights(trial.run), begun - start, time.monotonic() - begun)
+    return Reference(trained_weights(trial.run), begun - start, ended - begun)
 
 
 # Each does one fault to the trial and leaves it ended; True where the fault met a run that was going on.
@@ -280,11 +296,8 @@ def fill_disk(trial: Trial, reference: Reference) -> bool:
 
 
 def forbid_writing(trial: Trial, reference: Reference) -> bool:
-    """From a random moment on the folder of checkpoints is read-only; root gives up its rights for it."""
-    trial.is_nobody = os.geteuid() == 0
-    if trial.is_nobody:
-        for path in [trial.folder, *trial.folder.rglob("*")]:
-            os.chown(path, NOBODY, NOBODY)
+    """From a random moment on the folder of checkpoints is read-only."""
+    trial.obeys_modes = True
     trial.start()
     wait_within(trial, reference)
     checkpoints = trial.run / "checkpoints"
@@ -376,5 +389,4 @@ def run_fault(name: str, times: int, folder: Path, references: dict[str, Referen
 
 
 if __name__ == "__main__":
-    assert run  # imported for the children: what they need is in memory before the first of them
     main()

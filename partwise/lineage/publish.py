@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def publish(folder: Path, write: Callable[[Path], None], manifest: dict[str, Any
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
+        share_files(partial)
         sync_tree(partial)
         write_manifest(partial, manifest)
         replace_folder(partial, folder)
@@ -54,6 +56,15 @@ def replace_folder(new: Path, folder: Path) -> None:
     new.rename(folder)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def share_files(folder: Path) -> None:
+    """Files are for whom the user's umask says, as the folder is: safetensors 0.8 writes for the owner."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # file systems without modes
+                path.chmod(mode)
 
 
 def sync_tree(folder: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from partwise.errors import CheckpointError
@@ -109,5 +108,8 @@ def check_scales(plan: PartsPlan, folder: Path) -> None:
 
 def pattern_value(config: dict[str, Any], pattern: str, general: str, target: str) -> Any:
     """A setting of one target module, by the rule by which PEFT picks it."""
+    # Only a run that goes on with an adapter needs it: without, a plan is checked before peft is imported.
+    from peft.utils.other import get_pattern_key
+
     patterns = config.get(pattern) or {}
     return patterns.get(get_pattern_key(list(patterns), target), config.get(general, 8))

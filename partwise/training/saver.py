@@ -126,8 +126,8 @@ class Saver:
     def _write(self, state: TrainingState, manifest: dict[str, Any], stall_seconds: float) -> Saved:
         start = time.monotonic()
         folder = save_checkpoint(self.run_folder, self.loaded, self.plan, state, manifest)
-        rotate_checkpoints(self.run_folder, self.train.keep_last, self.train.keep_best)
         files = (read_manifest(folder) or {})["files"].values()
+        rotate_checkpoints(self.run_folder, self.train.keep_last, self.train.keep_best)
         return Saved(
             step=manifest["step"],
             folder=folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,15 @@ def test_a_full_disk_is_told_and_harms_nothing(run, request):
         save_final(run.folder, run.loaded, run.plan, stamp_manifest(run.manifest, 2))
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
     assert newest_checkpoint(run.folder) == kept and read_manifest(final)["step"] == 1
+
+
+def test_files_are_readable_as_the_umask_says(run):
+    old = os.umask(0o027)
+    try:
+        folder = run.save(1)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o640}
 
 
 def test_a_run_folder_that_cannot_be_made_is_told(run, tmp_path):

@@ -43,7 +43,7 @@ class Run:
         self.plan = resolve_plan(self.loaded.model, config)
         apply_plan(self.loaded.model, self.plan)
         self.optimizer = Optimizer(self.loaded.model, self.plan, config.train, 9)
-        self.manifest = make_manifest(self.loaded, self.plan, [data])
+        self.manifest = make_manifest(self.plan, {"path": "", "fingerprint": "", "parts": {}}, [data])
         self.noted, self.told = [], []
         self.saver = Saver(
             folder,
