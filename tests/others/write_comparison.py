@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
@@ -129,7 +130,8 @@ def table_line(*cells: str) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     write = short_table if "--short" in sys.argv[1:] else page
-    with tempfile.TemporaryDirectory() as folder:
+    # Libraries greet on stdout when they are imported; the page alone goes there.
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         bench = Bench(Path(folder))
         text = write(lambda case: run_case(case, bench))
     sys.stdout.write(text)
