@@ -54,6 +54,7 @@ def make_manifest(loaded: LoadedModel, plan: PartsPlan, data_files: Iterable[str
         "kind": "adapter" if plan.has_adapters else "full",
         "base": {"path": loaded.name, "fingerprint": base_fingerprint(loaded.path)},
         "plan": {part.part: summarize_part(part) for part in plan.parts},
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "data": {"files": [str(file) for file in files], "fingerprint": fingerprint_files(files)},
         "versions": {name: version(name) for name in ("partwise", "torch", "transformers", "peft")},
     }
@@ -72,4 +73,6 @@ def summarize_part(part: PartPlan) -> dict[str, Any]:
         "learning_rate": part.learning_rate,
         "weight_decay": part.weight_decay,
         "held": part.held,
+        "quantization": part.quantization
+        and {"kind": part.quantization.kind, "is_double": part.quantization.is_double},
     }

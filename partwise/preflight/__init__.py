@@ -18,6 +18,7 @@ from partwise.preflight.loss import check_loss
 from partwise.preflight.memory import check_memory
 from partwise.preflight.model import check_model
 from partwise.preflight.output import check_disk, check_output
+from partwise.preflight.packages import check_packages
 from partwise.preflight.plan import check_plan
 from partwise.preflight.precision import check_precision
 from partwise.preflight.rows import check_rows, check_targets, check_template
@@ -39,7 +40,15 @@ ROW_CHECKS: list[Check] = [
     check_duplicates,
     check_overlap,
 ]
-CHECKS: list[Check] = [check_output, check_model, check_plan, check_disk, *ROW_CHECKS, check_memory]
+CHECKS: list[Check] = [
+    check_packages,
+    check_output,
+    check_model,
+    check_plan,
+    check_disk,
+    *ROW_CHECKS,
+    check_memory,
+]
 MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss]
 
 __all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]

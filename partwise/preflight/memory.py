@@ -119,7 +119,7 @@ def lora_config(config: Config) -> Config:
 def config_footprint(context: Context, config: Config, row: RowShape) -> Footprint:
     plan = resolve_plan(context.job.empty_model, config)
     model = planned_model(config.model, plan)
-    return estimate_footprint(model, plan, row, config.model.attention)
+    return estimate_footprint(model, plan, row, config.model.attention, config.train.optimizer_states)
 
 
 def longest_row(context: Context) -> RowShape | None:

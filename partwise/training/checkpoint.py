@@ -12,17 +12,22 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from partwise.config import ModelConfig
 from partwise.errors import CheckpointError
 from partwise.lineage.manifest import MANIFEST, read_manifest
 from partwise.lineage.publish import publish
 from partwise.model.parts import adapter_config, adapter_state
+from partwise.model.weights import read_model
 from partwise.records import PartsPlan
 from partwise.training.optim import Optimizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from partwise.model.load import LoadedModel
 
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
@@ -124,6 +129,19 @@ def write_model(folder: Path, loaded: LoadedModel, plan: PartsPlan) -> None:
             metadata={"format": "pt"},
         )
         adapter_config(plan, loaded.name).save_pretrained(folder)
+    elif plan.is_quantized:
+        with_base_weights(loaded, plan).save_pretrained(folder)
     else:
         loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
+
+
+def with_base_weights(loaded: LoadedModel, plan: PartsPlan) -> PreTrainedModel:
+    """The trained tensors in the base as its folder holds it: frozen parts are saved as they were given."""
+    model = loaded.model
+    settings = ModelConfig(path=loaded.path, dtype=str(model.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    whole = read_model(type(model), Path(loaded.path), model.config, settings)
+    with torch.no_grad():
+        for name in plan.trainable:
+            whole.get_parameter(name).copy_(model.get_parameter(name))
+    return whole

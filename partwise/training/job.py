@@ -19,6 +19,7 @@ from partwise.model.load import LoadedModel, empty_model, load_model, load_proce
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
+from partwise.model.quantize import quantize_parts
 from partwise.records import PartsPlan
 from partwise.training.engine import pick_device, seed_everything
 
@@ -109,7 +110,10 @@ class Job:
 
     def open_model(self) -> LoadedModel:
         """The model on its device with the plan applied. Adapters start from the config's seed."""
-        loaded = load_model(self.config.model, device=self.device)
+        loaded = load_model(self.config.model)
+        # Before the rest moves, so that the device never holds the quantised layers at full width.
+        quantize_parts(loaded.model, self.plan, self.device)
+        loaded.model.to(self.device)
         seed_everything(self.config.train.seed)
         apply_plan(loaded.model, self.plan)
         if self.config.train.gradient_checkpointing:

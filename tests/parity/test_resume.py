@@ -18,6 +18,7 @@ STEPS = 6
 CASES = {
     "bf16 full": ("bfloat16", {"projector": "full", "language_model": "full"}),
     "fp32 full": ("float32", {"vision_tower": "full", "language_model": "full"}),
+    "qlora": ("bfloat16", {"projector": "full", "language_model": {"mode": "lora", "quantization": "nf4"}}),
     "lora with dropout": (
         "bfloat16",
         {"projector": "full", "language_model": {"mode": "lora", "lora_rank": 4, "lora_dropout": 0.3}},
