@@ -116,7 +116,7 @@ def planned_model(settings: ModelConfig, plan: PartsPlan) -> PreTrainedModel:
 
 
 def estimate_footprint(
-    model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str, optimizer_states: str = "float32"
+    model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str, optimizer_states: str
 ) -> Footprint:
     """The footprint of a model on the meta device that the plan was applied to.
 

@@ -80,7 +80,7 @@ def test_the_loss_stays_beside_that_of_fp32_states() -> None:
     assert packed != plain
     assert plain[-1] < 0.6 * plain[0]
     for mine, theirs in zip(packed, plain, strict=True):
-        assert abs(mine - theirs) < 0.02 * theirs
+        assert abs(mine - theirs) < 0.04 * theirs
 
 
 @pytest.mark.parametrize("piece", [CODE_BLOCK, 4 * CODE_BLOCK])

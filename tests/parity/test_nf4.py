@@ -1,6 +1,8 @@
-"""NF4 against an independent reference, QLoRA against plain layers with the same weights, and what it saves."""
+"""NF4 beside an independent reference, QLoRA beside plain layers with the same weights, and what it saves."""
 
 from __future__ import annotations
+
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -17,27 +19,31 @@ from partwise.model.parts import apply_plan, resolve_plan
 from partwise.model.quantize import dequantize_linears, dequantized, quantize_linear, quantize_parts
 from partwise.training.checkpoint import save_final
 from partwise.training.optim import Optimizer
-from partwise.training.step import batch_loss_sum, train_step
+from partwise.training.step import batch_loss_sum, model_inputs, train_step
 
 CPU = torch.device("cpu")
 QLORA = {"mode": "lora", "lora_rank": 4, "quantization": "nf4"}
 FAMILIES = ["gemma3", "llava-next", "qwen2.5-vl", "llama"]
 
-# The quantiles of a normal distribution, Source: arXiv 2305.14314, appendix E.
-NF4_VALUES = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
-    + [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
-    + [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
-    + [0.7229568362236023, 1.0]
-)
+
+def nf4_values() -> np.ndarray:
+    """The 16 values: 8 quantiles of a normal distribution above zero, 7 below, and zero; the largest is 1.
+
+    Source: arXiv 2305.14314, section 3 and the code of its appendix.
+    """
+    quantile = NormalDist().inv_cdf
+    outermost = (31 / 32 + 29 / 30) / 2
+    above = [quantile(p) for p in np.linspace(outermost, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in np.linspace(outermost, 0.5, 8)[:-1]]
+    return np.array(sorted([*below, 0.0, *above])) / max(above)
 
 
 def reference_nf4(weight: np.ndarray) -> np.ndarray:
     """Each weight as the nearest of 16 values, times the largest size in its block of 64; fp64."""
-    blocks = weight.astype(np.float64).reshape(-1, 64)
+    values, blocks = nf4_values(), weight.astype(np.float64).reshape(-1, 64)
     scales = np.abs(blocks).max(axis=1, keepdims=True)
-    nearest = np.abs(blocks[:, :, None] / scales[:, :, None] - NF4_VALUES).argmin(axis=2)
-    return (NF4_VALUES[nearest] * scales).reshape(weight.shape)
+    nearest = np.abs(blocks[:, :, None] / scales[:, :, None] - values).argmin(axis=2)
+    return (values[nearest] * scales).reshape(weight.shape)
 
 
 def test_nf4_weights_are_those_of_the_reference():
@@ -60,7 +66,6 @@ def test_double_quantization_errs_by_its_scales_alone():
     assert ((plain == 0) == (double == 0)).all()
 
 
-
 def fill_adapters(model):
     """Adapters as after some training: new ones add nothing, and would hide what they are added to."""
     generator = torch.Generator().manual_seed(0)
@@ -73,9 +78,7 @@ def fill_adapters(model):
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("is_double", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_qlora_equals_lora_on_the_dequantised_weights(
-    family, is_double, use_dora, open_tiny, take_gradients
-):
+def test_qlora_equals_lora_on_the_dequantised_weights(family, is_double, use_dora, open_tiny, take_gradients):
     num_images = (0, 0, 0) if family == "llama" else (1, 0, 2)
     parts = {"language_model": {**QLORA, "double_quantization": is_double, "use_dora": use_dora}}
     results = []
@@ -127,13 +130,10 @@ def trained(open_tiny, tmp_path):
 @torch.no_grad()
 def logits(model, batch):
     model.eval()
-    return model(**{name: value for name, value in batch.items()}).logits.float()
+    return model(**batch).logits.float()
 
 
 def inputs_of(tiny):
-    """The longest row's inputs."""
-    from partwise.training.step import model_inputs
-
     return model_inputs(tiny.model, tiny.split([3]).batches[0], CPU)
 
 
@@ -163,14 +163,19 @@ def test_an_adapter_of_bfloat16_meets_the_codes_that_it_was_trained_on(trained, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_transformers_and_peft_open_the_adapter(family, trained):
-    """The lines of docs/quantization.md, with the skipped modules that leave all but the blocks as they are."""
+    """The lines of docs/quantization.md: the skipped modules leave all but the blocks as they are."""
     tiny, folder = trained(family)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["model.vision_tower", "model.visual", "model.multi_modal_projector", "lm_head"],
+        llm_int8_skip_modules=[
+            "model.vision_tower",
+            "model.visual",
+            "model.multi_modal_projector",
+            "lm_head",
+        ],
     )
     auto = AutoModelForCausalLM if family == "llama" else AutoModelForImageTextToText
     base = auto.from_pretrained(
