@@ -91,10 +91,12 @@ def new_state(tensor: Tensor) -> dict[str, Tensor]:
     step = torch.zeros((), dtype=torch.float32, device=tensor.device)
     if tensor.numel() < LEAST_PACKED or tensor.dtype != torch.float32 or not tensor.is_contiguous():
         return {"step": step, "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
-    zeros = torch.zeros(tensor.numel(), device=tensor.device)
     state = {"step": step}
+    num_blocks = -(-tensor.numel() // CODE_BLOCK)
     for kind, is_signed in (("exp_avg", True), ("root", False)):
-        state[f"{kind}_codes"], state[f"{kind}_scales"] = encode(zeros, is_signed)
+        zero, _ = encode(torch.zeros(1, device=tensor.device), is_signed)
+        state[f"{kind}_codes"] = zero.repeat(tensor.numel())
+        state[f"{kind}_scales"] = torch.zeros(num_blocks, device=tensor.device)
     return state
 
 

@@ -51,7 +51,7 @@ class Tiny:
         """The plan, applied to the model, and its config."""
         config = self.config(parts, **train)
         plan = resolve_plan(self.model, config)
-        quantize_parts(self.model, plan, torch.device("cpu"))
+        quantize_parts(self.model, plan, self.model.device)
         apply_plan(self.model, plan)
         return plan, config
 
