@@ -145,6 +145,17 @@ def test_a_small_second_moment_is_never_rounded_to_zero() -> None:
     assert square[1] > 0 and mean.shape == parameter.shape
 
 
+def test_a_root_above_zero_never_has_the_code_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the kernel rounds to: on the CPU it does not choose zero."""
+
+    def encode_to_zero(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(values, dtype=torch.uint8), values.max()[None]
+
+    monkeypatch.setattr(adamw, "encode", encode_to_zero)
+    _, _, root_codes, _ = adamw.pack(torch.zeros(3), torch.tensor([0.0, 1e-20, 1.0]))
+    assert root_codes.tolist() == [0, 1, 1]
+
+
 def test_directions_are_what_the_update_was() -> None:
     model, optimizer = make(weight_decay=0.0)
     run(model, optimizer, 0, 20)

@@ -15,6 +15,7 @@ from partwise.model.load import load_model_config
 from partwise.model.parts import adapter_state, apply_plan, resolve_plan
 from partwise.model.quantize import quantize_parts
 from partwise.preflight import Context, collect_findings
+from partwise.preflight.doctor import float32_weights
 from partwise.preflight.packages import check_packages
 from partwise.records import IGNORE_INDEX
 from partwise.tables import describe_mode
@@ -68,8 +69,12 @@ def test_a_layer_range_trains_some_adapters_over_all_packed_layers(load_tiny, ma
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapters_have_the_type_of_the_model(open_qlora, dtype) -> None:
+def test_adapters_are_those_of_a_model_that_transformers_quantised(open_qlora, dtype) -> None:
+    from peft.tuners.lora.bnb import Linear4bit
+
     model, plan, _ = open_qlora("gemma3", dtype=dtype)
+    targets = plan["language_model"].lora_targets
+    assert all(isinstance(model.get_submodule(target), Linear4bit) for target in targets)
     assert {model.get_parameter(name).dtype for name in plan.trainable} == {dtype}
 
 
@@ -82,6 +87,16 @@ def test_an_evaluation_leaves_the_packed_weights_as_they_are(open_qlora, image_b
     assert before
     for name, weight in before.items():
         assert torch.equal(model.get_parameter(name), weight), name
+
+
+def test_the_doctor_widens_all_but_the_packed_weights(open_qlora, image_batch) -> None:
+    model, *_ = open_qlora("gemma3", dtype=torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with float32_weights(model), torch.no_grad():
+        assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8}
+        assert model.eval()(**image_batch("gemma3")).logits.isfinite().all()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_rows_that_are_no_multiple_of_a_block_are_refused(load_tiny, make_config) -> None:
