@@ -158,8 +158,7 @@ class TrainConfig(Section):
     adam_eps: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
     optimizer_states: Literal["float32", "8bit"] = Field(
         "float32",
-        description="Type of AdamW's two running means. 8bit takes a quarter of their memory; needs "
-        "bitsandbytes.",
+        description="Type of AdamW's two running means; 8bit takes a quarter of their memory.",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Clip by the global norm.")
     gradient_checkpointing: bool = Field(

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from partwise.config import ModelConfig
+from partwise.model.codes import CODE_BLOCK, LEAST_CODED
 from partwise.model.find import find_parts
 from partwise.model.head import CHUNK_ROWS
 from partwise.model.load import empty_model
 from partwise.model.parts import apply_plan
-from partwise.model.quantize import CODE_BLOCK, LEAST_PACKED, nf4_bytes
+from partwise.model.quantize import nf4_bytes
 from partwise.model.trace import decoder_bytes, tower_bytes
 from partwise.records import PartsPlan
 
@@ -154,7 +155,7 @@ def quantized_weights(model: PreTrainedModel, plan: PartsPlan) -> Iterator[tuple
 
 def moment_bytes(num_elements: int, optimizer_states: str) -> int:
     """The bytes of one tensor's two moments between two steps."""
-    if optimizer_states == "float32" or num_elements < LEAST_PACKED:
+    if optimizer_states == "float32" or num_elements < LEAST_CODED:
         return 8 * num_elements
     return 2 * num_elements + 2 * 4 * -(-num_elements // CODE_BLOCK)
 

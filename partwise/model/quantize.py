@@ -1,17 +1,16 @@
-"""Weights held in 4 bits and numbers held in 8: the ONLY file that imports bitsandbytes.
+"""Weights held in 4 bits: the ONLY file that imports bitsandbytes.
 
-In: a model with its weights, and the linear layers that a plan quantises; or any fp32 tensor. Out: the same
-model with bitsandbytes' Linear4bit in their places, or plain layers again with the weights that those compute
-with; or 8-bit codes with their scales. Which layers is decided in model/plan.py, when in training/job.py.
+In: a model with its weights, and the linear layers that a plan quantises. Out: the same model with
+bitsandbytes' Linear4bit in their places, or plain layers again with the weights that those compute with.
+Which layers is decided in model/plan.py, when in training/job.py.
 
-Source: NF4 and double quantisation, arXiv 2305.14314; blockwise 8-bit codes, arXiv 2110.02861.
+Source: NF4 and double quantisation, arXiv 2305.14314.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 NF4_BLOCK = 64  # weights with one scale
 SCALE_BLOCK = 256  # scales with one scale of their own, where quantisation is double
-CODE_BLOCK = 256  # 8-bit codes with one scale
-LEAST_PACKED = 4096  # elements of a tensor that is worth 8-bit codes
 
 # What bitsandbytes holds beside the weights of each layer: the 16 values of NF4, and in double quantisation
 # the 256 values of its scales' codes and their mean; fp32 each.
@@ -148,29 +145,3 @@ def nf4_bytes(num_weights: int, is_double: bool) -> int:
     if not is_double:
         return size + 4 * num_scales
     return size + num_scales + 4 * -(-num_scales // SCALE_BLOCK) + SCALE_TABLE_BYTES
-
-
-def encode(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """8-bit codes (uint8, of the values' shape) and the scale of each block of CODE_BLOCK (fp32)."""
-    from bitsandbytes.functional import quantize_blockwise
-
-    codes, state = quantize_blockwise(
-        values, code=code_values(is_signed, values.device), blocksize=CODE_BLOCK
-    )
-    return codes, state.absmax
-
-
-def decode(codes: Tensor, scales: Tensor, is_signed: bool) -> Tensor:
-    """The fp32 values of codes."""
-    from bitsandbytes.functional import dequantize_blockwise
-
-    values = code_values(is_signed, codes.device)
-    return dequantize_blockwise(codes, absmax=scales, code=values, blocksize=CODE_BLOCK)
-
-
-@cache
-def code_values(is_signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of 8-bit codes in ascending order, finest near zero: fp32 in [-1, 1], or in [0, 1]."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map(signed=is_signed).to(device)

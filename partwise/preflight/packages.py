@@ -19,7 +19,4 @@ def check_packages(context: Context) -> list[Finding]:
         if settings and settings.quantization:
             key = f"parts.{part}.quantization"
             require_bitsandbytes(f"{config.where(key)}: {key}: {settings.quantization}")
-    if config.train.optimizer_states == "8bit":
-        key = "train.optimizer_states"
-        require_bitsandbytes(f"{config.where(key)}: {key}: 8bit")
     return []

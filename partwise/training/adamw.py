@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from partwise.model.quantize import CODE_BLOCK, LEAST_PACKED, decode, encode
+from partwise.model.codes import CODE_BLOCK, LEAST_CODED, decode, encode
 
 PIECE = 1 << 24  # elements: what is computed from whole tensors takes little memory at a time
 
@@ -26,7 +26,7 @@ STATE_KINDS = ("step", *PLAIN_KINDS, *PACKED_KINDS)
 
 
 class PackedAdamW(torch.optim.AdamW):
-    """AdamW with 8-bit moments for tensors of at least LEAST_PACKED elements."""
+    """AdamW with 8-bit moments for tensors of at least LEAST_CODED elements."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -89,7 +89,7 @@ class PackedAdamW(torch.optim.AdamW):
 def new_state(tensor: Tensor) -> dict[str, Tensor]:
     """The state of a tensor before its first step."""
     step = torch.zeros((), dtype=torch.float32, device=tensor.device)
-    if tensor.numel() < LEAST_PACKED or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+    if tensor.numel() < LEAST_CODED or tensor.dtype != torch.float32 or not tensor.is_contiguous():
         return {"step": step, "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
     state = {"step": step}
     num_blocks = -(-tensor.numel() // CODE_BLOCK)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from partwise.config import TrainConfig
-from partwise.model.quantize import CODE_BLOCK, LEAST_PACKED
+from partwise.model.codes import CODE_BLOCK, LEAST_CODED
 from partwise.records import PartPlan, PartsPlan
 from partwise.training import adamw
 from partwise.training.adamw import PackedAdamW, moments
 from partwise.training.optim import Optimizer
 
-WIDTH = 96  # 96 x 96 is more than LEAST_PACKED elements, and ends inside a block of codes
+WIDTH = 96  # 96 x 96 is more than LEAST_CODED elements, and ends inside a block of codes
 
 
 class Model(nn.Module):
@@ -53,7 +53,7 @@ def test_large_tensors_are_packed_and_small_ones_are_not() -> None:
     model, optimizer = make()
     run(model, optimizer, 0, 1)
     states = {name: optimizer.adamw.state[master] for name, master in optimizer.masters.items()}
-    assert model.linear.weight.numel() >= LEAST_PACKED > model.norm.weight.numel()
+    assert model.linear.weight.numel() >= LEAST_CODED > model.norm.weight.numel()
     assert {kind: value.dtype for kind, value in states["linear.weight"].items()} == {
         "step": torch.float32,
         "exp_avg_codes": torch.uint8,
@@ -130,10 +130,10 @@ def test_a_tensor_without_gradient_is_left_as_it_is() -> None:
 
 def test_a_small_second_moment_is_never_rounded_to_zero() -> None:
     """One element's gradient is a millionth of another's, and then gone: its step must not explode."""
-    parameter = nn.Parameter(torch.zeros(LEAST_PACKED))
+    parameter = nn.Parameter(torch.zeros(LEAST_CODED))
     optimizer = PackedAdamW([parameter], lr=1e-3, fused=True)
     optimizer.found_inf = torch.zeros(())
-    gradient = torch.ones(LEAST_PACKED)
+    gradient = torch.ones(LEAST_CODED)
     gradient[1] = 1e-8
     parameter.grad = gradient
     optimizer.step()
@@ -145,15 +145,21 @@ def test_a_small_second_moment_is_never_rounded_to_zero() -> None:
     assert square[1] > 0 and mean.shape == parameter.shape
 
 
-def test_a_root_above_zero_never_has_the_code_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the kernel rounds to: on the CPU it does not choose zero."""
-
-    def encode_to_zero(values: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(values, dtype=torch.uint8), values.max()[None]
-
-    monkeypatch.setattr(adamw, "encode", encode_to_zero)
+def test_a_root_above_zero_never_has_the_code_of_zero() -> None:
+    """Else a weight whose gradient is gone for a step would move by its first moment over eps."""
     _, _, root_codes, _ = adamw.pack(torch.zeros(3), torch.tensor([0.0, 1e-20, 1.0]))
-    assert root_codes.tolist() == [0, 1, 1]
+    assert root_codes.tolist() == [0, 1, 255]
+
+
+def test_weights_without_gradient_stand_among_others_that_move() -> None:
+    parameter = nn.Parameter(torch.zeros(LEAST_CODED))
+    optimizer = PackedAdamW([parameter], lr=1e-3, weight_decay=0.0, fused=True)
+    optimizer.found_inf = torch.zeros(())
+    for seed in range(5):
+        parameter.grad = torch.randn(LEAST_CODED, generator=torch.Generator().manual_seed(seed))
+        parameter.grad[::3] = 0
+        optimizer.step()
+    assert (parameter[::3] == 0).all() and (parameter[1::3] != 0).all()
 
 
 def test_directions_are_what_the_update_was() -> None:
