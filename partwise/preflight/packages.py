@@ -8,7 +8,7 @@ from partwise.records import PART_NAMES, Finding
 
 
 def check_packages(context: Context) -> list[Finding]:
-    """Nothing where all are there.
+    """The optional packages that the config needs are installed.
 
     Raises:
         ConfigError: one is missing; names the key that needs it.

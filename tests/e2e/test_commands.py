@@ -132,7 +132,7 @@ def test_check_prints_the_plan_and_writes_nothing(toy, tmp_path, run_cli) -> Non
 def test_checks_are_chosen_by_id_and_reported_as_json(toy, tmp_path, run_cli) -> None:
     config, report = toy.config(tmp_path), tmp_path / "report.json"
     listed = run_cli("check", "--list").out
-    assert [line.split()[0] for line in listed.splitlines()][:3] == ["output", "model", "plan"]
+    assert [line.split()[0] for line in listed.splitlines()][:3] == ["packages", "output", "model"]
     done = run_cli("check", config, "--only", "plan", "--only", "disk", "--skip", "disk", "--report", report)
     assert done.code == 0, done.err
     assert {finding["check"] for finding in json.loads(report.read_text())} == {"plan"}
