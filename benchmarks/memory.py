@@ -32,6 +32,8 @@ LENGTHS = {"short": 200, "long": 1600}  # words of an answer; the image and its 
 MODES = {
     "projector": {"projector": "full"},
     "lora": {"language_model": {"mode": "lora", "lora_rank": 16}},
+    "qlora": {"language_model": {"mode": "lora", "lora_rank": 16, "quantization": "nf4"}},
+    "projector-nf4": {"projector": "full", "language_model": {"mode": "frozen", "quantization": "nf4"}},
     "full": {"projector": "full", "language_model": "full"},
     "vision": {"vision_tower": "full"},
     "vision-lora": {"vision_tower": "full", "projector": "full", "language_model": "lora"},
@@ -55,8 +57,16 @@ CELLS = {
     "projector short float32": ("projector", "short", 2, False),
     "vision short float32": ("vision", "short", 2, False),
     "all-full short": ("all-full", "short", 2, False),
+    "qlora short": ("qlora", "short", 4, False),
+    "qlora long": ("qlora", "long", 2, False),
+    "qlora long checkpointing": ("qlora", "long", 4, True),
+    "projector-nf4 short": ("projector-nf4", "short", 4, False),
+    "full short 8bit": ("full", "short", 2, False),
+    "full long checkpointing 8bit": ("full", "long", 4, True),
+    "qlora long checkpointing 8bit": ("qlora", "long", 4, True),
 }
 MODEL_KEYS = {"eager": {"attention": "eager"}, "float32": {"dtype": "float32"}}
+TRAIN_KEYS = {"8bit": {"optimizer_states": "8bit"}}
 
 
 def main() -> None:
@@ -115,6 +125,7 @@ def run_cell(name: str, folder: Path) -> dict:
             "global_batch_size": 2 * num_rows,
             "micro_batch_size": num_rows,
             "gradient_checkpointing": checkpointing,
+            **TRAIN_KEYS.get(name.split()[-1], {}),
         },
         "output": str(folder / "run"),
     }

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
 from memory import write_rows
-from step import git_commit, write_model
+from step import describe_machine, write_model
 
 from partwise.config import load_config
-from partwise.lineage.manifest import make_manifest, stamp_manifest
+from partwise.lineage.manifest import stamp_manifest
 from partwise.model.parts import set_train_mode
 from partwise.tiny import write_tiny
 from partwise.training.job import Job
@@ -78,15 +75,10 @@ def run_cell(name: str, folder: Path) -> dict:
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
         "cell": f"{shape}, {mode}",
         "command": f"python benchmarks/saves.py OUT.jsonl '{name}'",
-        "commit": git_commit(),
-        "hardware": gpu,
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft", "safetensors")}
-        | {"python": platform.python_version()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_machine(),
         **measure_saves(Job(load_config(path)), folder),
     }
 
@@ -95,7 +87,7 @@ def measure_saves(job: Job, folder: Path) -> dict:
     loaded, train = job.open_model(), job.config.train
     optimizer = Optimizer(loaded.model, job.plan, train, NUM_STEPS)
     set_train_mode(loaded.model, job.plan)
-    manifest = make_manifest(loaded, job.plan, job.config.data.train_files)
+    manifest = job.manifest
     saves: list[Saved] = []
     run_folder = folder / "run"
     with Saver(run_folder, loaded, job.plan, optimizer, train, saves.append, print) as saver:

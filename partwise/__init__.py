@@ -12,6 +12,7 @@ partwise.find_parts(loaded.model) # the parts of any transformers model
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from partwise.serve.chat import user_message as user_message
 
 __version__ = "0.1.0"
+
+# bitsandbytes, which PEFT imports where it is installed, warns on some CPUs that a kernel for inference there
+# is missing. It is not used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Imported when first asked for, so that `import partwise` and `partwise --help` stay light.
 _HOMES = {

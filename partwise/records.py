@@ -123,6 +123,15 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """Linear layers whose weights are held in 4 bits, by full name. `is_double`: their scales in 8 bits."""
+
+    kind: Literal["nf4"]
+    is_double: bool
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PartPlan:
     """What happens to one part in this run. Names are full dotted names in the loaded model.
 
@@ -142,6 +151,7 @@ class PartPlan:
     weight_decay: float
     lora: LoraSettings | None = None
     lora_targets: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,10 @@ class PartsPlan:
     def has_adapters(self) -> bool:
         """Whether the run is saved as an adapter folder."""
         return any(plan.mode == "lora" for plan in self.parts)
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(plan.quantization for plan in self.parts)
 
     @property
     def trainable(self) -> tuple[str, ...]:

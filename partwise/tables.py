@@ -71,11 +71,12 @@ def plan_table(plan: PartsPlan) -> Table:
 
 
 def describe_mode(part: PartPlan) -> str:
-    """A mode in a few words: "lora r16 on 28 modules"."""
+    """A mode in a few words: "lora r16 on 28 modules in nf4"."""
+    weights = f" in {part.quantization.kind}" if part.quantization else ""
     if part.lora is None:
-        return part.mode
+        return part.mode + weights
     kind = "dora" if part.lora.use_dora else "lora"
-    return f"{kind} r{part.lora.rank} on {len(part.lora_targets)} modules"
+    return f"{kind} r{part.lora.rank} on {len(part.lora_targets)} modules{weights}"
 
 
 def held_lines(plan: PartsPlan) -> list[str]:

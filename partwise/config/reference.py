@@ -89,6 +89,8 @@ def _type(field: Mapping[str, Any]) -> str:
     if field["type"] == "array":
         items = field.get("prefixItems")
         return f"list of {len(items)} numbers" if items else f"list of {_type(field['items'])}"
+    if "const" in field:
+        return f"`{field['const']}`"
     names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
     signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     bounds = [f"{sign} {field[name]:g}" for name, sign in signs.items() if name in field]

@@ -82,6 +82,7 @@ def check_parts(parts: PartsConfig) -> Iterator[Fault]:
                     f"parts.{part}.{name}: {show_value(value)} has no effect: {part} is {state}. "
                     "Remove it, or change the mode.",
                 )
+        yield from _check_quantization(part, settings)
     adapted = {part: settings for part, settings in named.items() if settings.mode == "lora"}
     for name in _ONE_PER_ADAPTER:
         given = {part: getattr(settings, name) for part, settings in adapted.items()}
@@ -93,3 +94,26 @@ def check_parts(parts: PartsConfig) -> Iterator[Fault]:
                 f"parts.{part}.{name}: {shown}; an adapter folder holds one value for all parts. "
                 "Write the same for each.",
             )
+
+
+def _check_quantization(part: str, settings: PartConfig) -> Iterator[Fault]:
+    key = f"parts.{part}.quantization"
+    if settings.quantization is None:
+        if "double_quantization" in settings.model_fields_set:
+            yield Fault(
+                f"parts.{part}.double_quantization",
+                f"parts.{part}.double_quantization: {show_value(settings.double_quantization)} has no "
+                f"effect: {part} is not quantised. Remove it, or set {key}: nf4.",
+            )
+    elif part == "projector":
+        yield Fault(
+            key,
+            f"{key}: {settings.quantization}: a projector is too small to gain anything, and everything the "
+            "model sees passes through it. Remove it.",
+        )
+    elif settings.mode == "full":
+        yield Fault(
+            key,
+            f"{key}: {settings.quantization} beside mode full: an update is far smaller than the steps "
+            f"between 4-bit weights, so they cannot train. Set parts.{part}.mode: lora, or remove {key}.",
+        )

@@ -68,6 +68,14 @@ class PartConfig(Section):
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = Field(False, description="Train a magnitude per output beside the adapter (DoRA).")
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="Hold the linear layers of the part's blocks in 4 bits; for the modes lora (QLoRA) and "
+        "frozen. Needs bitsandbytes.",
+    )
+    double_quantization: bool = Field(
+        True, description="Hold the scales of nf4 in 8 bits, too: 0.37 bits less for each weight."
+    )
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -154,6 +162,10 @@ class TrainConfig(Section):
         (0.9, 0.999), description="Decay of AdamW's two running means."
     )
     adam_eps: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    optimizer_states: Literal["float32", "8bit"] = Field(
+        "float32",
+        description="Type of AdamW's two running means; 8bit takes a quarter of their memory.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Clip by the global norm.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute layers in the backward pass of the parts that need one."

@@ -12,7 +12,7 @@ from typing import Any
 
 from partwise.errors import CheckpointError
 from partwise.lineage.fingerprint import weights_fingerprint
-from partwise.lineage.manifest import RECORDED, read_manifest
+from partwise.lineage.manifest import read_manifest, told_by
 from partwise.model.folder import adapter_file, is_adapter, read_json, weight_files
 from partwise.model.load import empty_model
 
@@ -40,8 +40,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     """What the folder says of itself; of another tool's adapter that is the name of its base."""
     manifest = read_manifest(folder)
     if manifest:
-        modes = {part: plan["mode"] for part, plan in manifest["plan"].items()}
-        return {"modes": modes, **{key: manifest[key] for key in RECORDED if key in manifest}}
+        return told_by(manifest)
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         return {"kind": "adapter", "parents": [{"path": str(base), "kind": "model"}]}

@@ -51,6 +51,7 @@ def make_manifest(
     plan: PartsPlan,
     base: dict[str, Any],
     data_files: Iterable[str],
+    dtype: str,
     adapter: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a run's checkpoints are and come from: records of its base, and of an adapter it goes on with."""
@@ -61,6 +62,7 @@ def make_manifest(
         "base": {key: base[key] for key in ("path", "fingerprint", "parts")},
         "parents": [adapter or base],
         "plan": {part.part: summarize_part(part) for part in plan.parts},
+        "dtype": dtype,
         "data": {"files": [str(file) for file in files], "fingerprint": fingerprint_files(files)},
         "versions": {name: version(name) for name in ("partwise", "torch", "transformers", "peft")},
     }
@@ -70,9 +72,17 @@ def make_record(name: str, fingerprint: Fingerprint, manifest: dict[str, Any] | 
     """What children keep of a folder: its name and weights, and where it comes from, as far as it says."""
     record: dict[str, Any] = {"path": name, "kind": "model"}
     if manifest:
-        record |= {key: manifest[key] for key in RECORDED if key in manifest}
-        record["modes"] = {part: plan["mode"] for part, plan in manifest["plan"].items()}
+        record |= told_by(manifest)
     return record | {"fingerprint": fingerprint.whole, "parts": fingerprint.parts}
+
+
+def told_by(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a folder's manifest says of it, as records keep it."""
+    modes = {
+        part: plan["mode"] + (f" on {plan['quantization']['kind']}" if plan.get("quantization") else "")
+        for part, plan in manifest.get("plan", {}).items()
+    }
+    return {"modes": modes, **{key: manifest[key] for key in RECORDED if key in manifest}}
 
 
 def stamp_manifest(manifest: dict[str, Any], step: int, eval_loss: float | None = None) -> dict[str, Any]:
@@ -89,4 +99,6 @@ def summarize_part(part: PartPlan) -> dict[str, Any]:
         "learning_rate": part.learning_rate,
         "weight_decay": part.weight_decay,
         "held": part.held,
+        "quantization": part.quantization
+        and {"kind": part.quantization.kind, "is_double": part.quantization.is_double},
     }

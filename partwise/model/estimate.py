@@ -8,16 +8,19 @@ docs/memory.md compares it with measured peaks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from partwise.config import ModelConfig
+from partwise.model.codes import CODE_BLOCK, LEAST_CODED
 from partwise.model.find import find_parts
 from partwise.model.head import CHUNK_ROWS
 from partwise.model.load import empty_model
 from partwise.model.parts import apply_plan
+from partwise.model.quantize import nf4_bytes
 from partwise.model.trace import decoder_bytes, tower_bytes
 from partwise.records import PartsPlan
 
@@ -57,6 +60,7 @@ class Kept:
 class Footprint:
     """The bytes of a training step. Those of activations are per row of a micro-batch.
 
+    `largest_dequantized_bytes` is the layer in 4 bits that is multiplied with, at full width for that moment.
     `masters_bytes` and `gradients_bytes` are of 16-bit weights that train; `largest_gradient_bytes` is the
     16-bit gradient that waits for all its terms while the masters' gradients stand (a head tied to the
     embeddings).
@@ -70,6 +74,7 @@ class Footprint:
     decoder: Kept
     tower: Kept
     tower_trains: bool
+    largest_dequantized_bytes: int
     num_target_tokens: int
     logit_row_bytes: int
 
@@ -93,7 +98,8 @@ class Footprint:
 
     def peak_bytes(self, num_rows: int, checkpointing: bool) -> int:
         """The predicted peak of a step with `num_rows` such rows in each micro-batch."""
-        passing = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, checkpointing))
+        layer = self.layer_bytes(num_rows, checkpointing) + self.largest_dequantized_bytes
+        passing = max(self.head_bytes(num_rows), layer)
         return self.fixed_bytes + self.activations_bytes(num_rows, checkpointing) + passing
 
     def largest_num_rows(self, limit_bytes: int, checkpointing: bool, most: int) -> int:
@@ -110,7 +116,9 @@ def planned_model(settings: ModelConfig, plan: PartsPlan) -> PreTrainedModel:
     return model
 
 
-def estimate_footprint(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str) -> Footprint:
+def estimate_footprint(
+    model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str, optimizer_states: str
+) -> Footprint:
     """The footprint of a model on the meta device that the plan was applied to.
 
     Raises:
@@ -120,18 +128,36 @@ def estimate_footprint(model: PreTrainedModel, plan: PartsPlan, row: RowShape, a
     small = [p for p in trained if p.dtype.itemsize < 4]
     num_small = sum(p.numel() for p in small)
     head = model.get_output_embeddings().weight
+    packed = dict(quantized_weights(model, plan))
     return Footprint(
-        weights_bytes=sum(p.numel() * p.dtype.itemsize for p in model.parameters()),
+        weights_bytes=sum(packed.get(p, p.numel() * p.dtype.itemsize) for p in model.parameters()),
         masters_bytes=4 * num_small,
-        moments_bytes=8 * sum(p.numel() for p in trained),
+        moments_bytes=sum(moment_bytes(p.numel(), optimizer_states) for p in trained),
         gradients_bytes=4 * sum(p.numel() for p in trained),
         largest_gradient_bytes=head.numel() * head.dtype.itemsize if head.requires_grad else 0,
         decoder=decoder_kept(model, plan, row, attention),
         tower=tower_kept(model, row, attention) if row.num_tiles else Kept(),
         tower_trains="vision_tower" in plan and bool(plan["vision_tower"].trainable),
+        largest_dequantized_bytes=max((p.numel() * p.dtype.itemsize for p in packed), default=0),
         num_target_tokens=row.num_target_tokens,
         logit_row_bytes=LOGIT_BYTES * head.shape[0],
     )
+
+
+def quantized_weights(model: PreTrainedModel, plan: PartsPlan) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """The weights that the plan holds in 4 bits, at full width here, and their bytes then."""
+    for part in plan.parts:
+        if part.quantization:
+            for name in part.quantization.modules:
+                weight = model.get_submodule(name).weight  # an adapter's is that of the layer below it
+                yield weight, nf4_bytes(weight.numel(), part.quantization.is_double)
+
+
+def moment_bytes(num_elements: int, optimizer_states: str) -> int:
+    """The bytes of one tensor's two moments between two steps."""
+    if optimizer_states == "float32" or num_elements < LEAST_CODED:
+        return 8 * num_elements
+    return 2 * num_elements + 2 * 4 * -(-num_elements // CODE_BLOCK)
 
 
 def decoder_kept(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str) -> Kept:

@@ -15,6 +15,7 @@ from torch import nn
 
 from partwise.errors import PlanError
 from partwise.families import FAMILIES, PROJECTOR_NAMES, Family
+from partwise.model.quantize import num_elements, weight_type
 from partwise.records import PART_NAMES
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ def _describe(
         module_paths=paths,
         parameter_names=tuple(names),
         layers=() if part == "projector" else _layers(model, part, owner),
-        num_parameters=sum(p.numel() for p in parameters),
-        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+        num_parameters=sum(num_elements(p) for p in parameters),
+        dtypes=tuple(sorted({weight_type(p) for p in parameters})),
     )
 
 
@@ -172,7 +173,7 @@ def _layers(model: PreTrainedModel, part: str, owner: dict[str, str]) -> tuple[t
         if not isinstance(module, nn.ModuleList) or path is None or owner[path] != part:
             continue
         if not any(contains(stack, name) for stack in stacks):
-            stacks[name] = sum(p.numel() for p in module.parameters())
+            stacks[name] = sum(num_elements(p) for p in module.parameters())
     if not stacks:
         return ()
     stack = max(stacks, key=lambda name: stacks[name])

@@ -129,7 +129,8 @@ def check_config_file(folder: Path, trust_remote_code: bool) -> None:
     if "quantization_config" in content:
         raise CheckpointError(
             f"{file}: its weights are quantised, and quantised weights cannot be trained. Give the folder of "
-            "the same model in bfloat16 or float32."
+            "the same model in bfloat16 or float32; parts.language_model.quantization: nf4 then holds the "
+            "frozen weights below adapters in 4 bits."
         )
     if content["model_type"] in transformers.CONFIG_MAPPING:
         return

@@ -7,6 +7,7 @@ ranges that do not fit the model are PlanErrors. Nothing of the model is touched
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from partwise.errors import PlanError
 from partwise.families import ATTENTION_NAMES, MLP_NAMES
 from partwise.model.dead import find_dead_modules
 from partwise.model.find import FoundPart, contains, deepest_path, find_parts, shorten
-from partwise.records import PART_NAMES, LoraSettings, PartPlan, PartsPlan
+from partwise.model.quantize import NF4_BLOCK
+from partwise.records import PART_NAMES, LoraSettings, PartPlan, PartsPlan, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,6 +83,7 @@ def _plan_part(model: PreTrainedModel, found: FoundPart, config: Config, uses_lo
         weight_decay=_first(settings.weight_decay, config.train.weight_decay),
         lora=_lora_settings(settings) if settings.mode == "lora" else None,
         lora_targets=tuple(opened.targets),
+        quantization=_quantization(model, found, settings, where),
     )
 
 
@@ -188,14 +191,12 @@ def _lora_targets(
 
     Raises: PlanError when nothing matches.
     """
-    roots = [path for _, path in found.layers] or list(found.module_paths)
-    linears = []
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in in_range):
-        root = deepest_path(name, roots)
-        if root is not None and isinstance(model.get_submodule(name), nn.Linear):
-            inner = set(name.removeprefix(root).split("."))
-            if settings.lora_targets == "all" or inner & _names_of(settings.lora_targets):
-                linears.append(name)
+    targets = settings.lora_targets
+    linears = [
+        name
+        for name, inner in _linears(model, found, in_range)
+        if targets == "all" or inner & _names_of(targets)
+    ]
     if linears:
         return linears
     if found.part == "projector" and settings.lora_targets == "all":
@@ -207,6 +208,49 @@ def _lora_targets(
         f"{where}.lora_targets: {settings.lora_targets} matches no linear layer of {found.part}. "
         "Set lora_targets: all, or mode: full."
     )
+
+
+def _linears(
+    model: PreTrainedModel, found: FoundPart, names: Iterable[str]
+) -> Iterator[tuple[str, set[str]]]:
+    """The linear layers in the part's blocks, or in a projector, that own one of these parameters.
+
+    Each with the names on its path below its block.
+    """
+    roots = [path for _, path in found.layers] or list(found.module_paths)
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        root = deepest_path(name, roots)
+        if root is not None and isinstance(model.get_submodule(name), nn.Linear):
+            yield name, set(name.removeprefix(root).split("."))
+
+
+def block_linears(model: PreTrainedModel, found: FoundPart) -> tuple[str, ...]:
+    """Full names of all linear layers in the blocks of a tower or language model."""
+    return tuple(name for name, _ in _linears(model, found, found.parameter_names)) if found.layers else ()
+
+
+def _quantization(
+    model: PreTrainedModel, found: FoundPart, settings: PartConfig, where: str
+) -> Quantization | None:
+    """Raises: PlanError where the part has no linear layers in blocks, or one of a size that has no NF4."""
+    if settings.quantization is None:
+        return None
+    modules = block_linears(model, found)
+    if not modules:
+        raise PlanError(
+            f"{where}.quantization: {settings.quantization}: {found.part} has no linear layers in blocks, so "
+            "nothing of it would be quantised. Remove it."
+        )
+    for name in modules:
+        linear = model.get_submodule(name)
+        if linear.in_features % NF4_BLOCK:
+            # bitsandbytes 0.50.2 multiplies with wrong scales on a CPU where a block goes on in the next row.
+            raise PlanError(
+                f"{where}.quantization: {settings.quantization}: {name} has {linear.in_features} inputs, and "
+                f"NF4 has one scale for {NF4_BLOCK} weights: each row must be a multiple of that. "
+                "Remove it."
+            )
+    return Quantization(settings.quantization, settings.double_quantization, modules)
 
 
 def _names_of(targets: str) -> frozenset[str]:

@@ -19,6 +19,7 @@ from partwise.preflight.loss import check_loss
 from partwise.preflight.memory import check_memory
 from partwise.preflight.model import check_model
 from partwise.preflight.output import check_config, check_disk, check_output
+from partwise.preflight.packages import check_packages
 from partwise.preflight.plan import check_plan
 from partwise.preflight.precision import check_precision
 from partwise.preflight.resume import check_resume
@@ -44,6 +45,7 @@ ROW_CHECKS: list[Check] = [
 ]
 CHECKS: list[Check] = [
     check_config,
+    check_packages,
     check_output,
     check_model,
     check_plan,

@@ -256,8 +256,12 @@ def fits_in_float32(patient: Patient) -> bool:
 
 @contextmanager
 def float32_weights(model: Any) -> Iterator[None]:
-    """A block in which all parameters are float32; narrower floats come back bit for bit."""
-    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.dtype != torch.float32}
+    """A block in which all parameters but packed ones are float32; narrower floats come back bit for bit."""
+    dtypes = {
+        name: p.dtype
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and p.dtype != torch.float32
+    }
     for name in dtypes:
         model.get_parameter(name).data = model.get_parameter(name).data.float()
     try:

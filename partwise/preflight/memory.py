@@ -26,6 +26,12 @@ from partwise.training.engine import host_memory_bytes
 GPU_WARNING_FRACTION = 0.9
 CPU_WARNING_FACTOR = 1.5
 
+# What takes less on the language model, in the order of what it costs, as a config says it.
+ADAPTERS = {
+    PartConfig(mode="lora"): "lora",
+    PartConfig(mode="lora", quantization="nf4"): "{mode: lora, quantization: nf4}",
+}
+
 # What a forward pass of shapes raises in models that branch on values, or whose tower takes other inputs.
 UNPREDICTED = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -83,15 +89,24 @@ def describe(footprint: Footprint, config: Config) -> str:
 def with_fix(context: Context, finding: Finding, footprint: Footprint, row: RowShape, limit: int) -> Finding:
     """The finding with what would fit, tried in the order of what it costs; each was computed."""
     fix = rows_fix(context.config, footprint, limit)
-    if not fix and context.config.parts.settings("language_model"):
-        lora = lora_config(context.config)
-        try:
-            fix = rows_fix(lora, config_footprint(context, lora, row), limit, always=True)
-        except PlanError:
-            fix = ""
-        fix = fix and f"Set parts.language_model: lora. {fix}"
+    if context.config.parts.settings("language_model"):
+        fix = fix or adapter_fix(context, row, limit)
     fix = fix or "Nothing less fits: train fewer parts, lower data.max_seq_len, or take a larger GPU."
     return Finding(finding.check, finding.level, finding.message, finding.where, fix, finding.values)
+
+
+def adapter_fix(context: Context, row: RowShape, limit: int) -> str:
+    """Adapters on the language model, over 4-bit weights where they are too many else; "" where none fit."""
+    for setting, text in ADAPTERS.items():
+        parts = context.config.parts.model_copy(update={"language_model": setting})
+        config = context.config.model_copy(update={"parts": parts})
+        try:
+            fix = rows_fix(config, config_footprint(context, config, row), limit, always=True)
+        except PlanError:
+            continue
+        if fix:
+            return f"Set parts.language_model: {text}. {fix}"
+    return ""
 
 
 def rows_fix(config: Config, footprint: Footprint, limit: int, always: bool = False) -> str:
@@ -109,16 +124,10 @@ def rows_fix(config: Config, footprint: Footprint, limit: int, always: bool = Fa
     return f"This would fit: {', or '.join(fixes)}." if fixes else ""
 
 
-def lora_config(config: Config) -> Config:
-    """The config with adapters on the language model and nothing else changed."""
-    parts = config.parts.model_copy(update={"language_model": PartConfig(mode="lora")})
-    return config.model_copy(update={"parts": parts})
-
-
 def config_footprint(context: Context, config: Config, row: RowShape) -> Footprint:
     plan = resolve_plan(context.job.empty_model, config)
     model = planned_model(config.model, plan)
-    return estimate_footprint(model, plan, row, config.model.attention)
+    return estimate_footprint(model, plan, row, config.model.attention, config.train.optimizer_states)
 
 
 def longest_row(context: Context) -> RowShape | None:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from partwise.config import Config, dump_config, load_config
 from partwise.errors import ConfigError
+from partwise.model.estimate import moment_bytes
 from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
 from partwise.tables import format_bytes
@@ -65,14 +66,15 @@ def check_disk(context: Context) -> list[Finding]:
 def estimate_bytes(plan: PartsPlan, config: Config) -> int:
     """Bytes of final/ and of the most checkpoints that exist at a time, the one being written included.
 
-    A checkpoint adds the optimizer's master and two moments, fp32 each, to the weights that final/ holds.
+    A checkpoint adds the optimizer's fp32 masters and its moments to the weights that final/ holds.
     """
     trainable = sum(part.num_trainable for part in plan.parts)
     saved = trainable if plan.has_adapters else sum(part.num_parameters for part in plan.parts)
     train = config.train
     num_checkpoints = train.keep_last + train.keep_best + 1 if train.save_every else 0
     weight_bytes = saved * {"bfloat16": 2, "float32": 4}[config.model.dtype]
-    return weight_bytes * (1 + num_checkpoints) + 12 * trainable * num_checkpoints
+    state_bytes = 4 * trainable + moment_bytes(trainable, config.train.optimizer_states)
+    return weight_bytes * (1 + num_checkpoints) + state_bytes * num_checkpoints
 
 
 def nearest_existing(path: Path) -> Path:

@@ -13,19 +13,24 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from partwise.config import ModelConfig
 from partwise.errors import CheckpointError
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import MANIFEST, read_manifest
 from partwise.lineage.publish import publish
 from partwise.model.parts import adapter_config, adapter_state
+from partwise.model.weights import read_model
 from partwise.records import PartsPlan
 from partwise.training.optim import Optimizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from partwise.model.load import LoadedModel
 
 OPTIMIZER_FILE = "training_state/optimizer.safetensors"
@@ -47,7 +52,11 @@ def training_state(loaded: LoadedModel, plan: PartsPlan, optimizer: Optimizer) -
 
 
 def model_state(loaded: LoadedModel, plan: PartsPlan) -> dict[str, Tensor]:
-    return adapter_state(loaded.model, plan) if plan.has_adapters else loaded.model.state_dict()
+    if plan.has_adapters:
+        return adapter_state(loaded.model, plan)
+    if plan.is_quantized:
+        return {name: loaded.model.get_parameter(name).detach() for name in plan.trainable}
+    return loaded.model.state_dict()
 
 
 def save_checkpoint(
@@ -201,6 +210,19 @@ def write_model(
             metadata={"format": "pt"},
         )
         adapter_config(plan, loaded.name).save_pretrained(folder)
+    elif plan.is_quantized:
+        with_base_weights(loaded, state).save_pretrained(folder)
     else:
         loaded.model.save_pretrained(folder, state_dict=dict(state))
     loaded.processor.save_pretrained(folder)
+
+
+def with_base_weights(loaded: LoadedModel, trained: dict[str, Tensor]) -> PreTrainedModel:
+    """The trained tensors in the base as its folder holds it: frozen parts are saved as they were given."""
+    model = loaded.model
+    settings = ModelConfig(path=loaded.path, dtype=str(model.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    whole = read_model(type(model), Path(loaded.path), model.config, settings)
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            whole.get_parameter(name).copy_(tensor)
+    return whole

@@ -24,6 +24,7 @@ from partwise.model.load import LoadedModel, empty_model, load_model, load_proce
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
+from partwise.model.quantize import quantize_parts
 from partwise.records import PartsPlan
 from partwise.training.engine import pick_device, seed_everything
 
@@ -66,12 +67,12 @@ class Job:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What the run's checkpoints are and come from. Raises: CheckpointError for a foreign adapter."""
-        files = self.config.data.train_files
+        told = (self.plan, self.base_record, self.config.data.train_files, self.config.model.dtype)
         if self.adapter is None:
-            return make_manifest(self.plan, self.base_record, files)
+            return make_manifest(*told)
         accepted = match_base(self.adapter, self.base_record, self.config.model.accept_base)
         record = adapter_record(self.adapter, self.empty_model, self.base_record)
-        manifest = make_manifest(self.plan, self.base_record, files, record)
+        manifest = make_manifest(*told, record)
         return manifest | ({"accepted_base": accepted} if accepted else {})
 
     @cached_property
@@ -138,7 +139,10 @@ class Job:
 
     def open_model(self) -> LoadedModel:
         """The model on its device with the plan applied. Adapters start from the config's seed."""
-        loaded = load_model(self.config.model, device=self.device)
+        loaded = load_model(self.config.model)
+        # Before the rest moves, so that the device never holds the quantised layers at full width.
+        quantize_parts(loaded.model, self.plan, self.device)
+        loaded.model.to(self.device)
         seed_everything(self.config.train.seed)
         apply_plan(loaded.model, self.plan)
         if self.adapter is not None:

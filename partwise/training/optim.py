@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from partwise.config import TrainConfig
 from partwise.errors import CheckpointError, PlanError
 from partwise.records import PartsPlan
-
-MASTER_STATES = ("step", "exp_avg", "exp_avg_sq")
-PIECE = 1 << 24  # elements: what is computed from whole tensors takes little memory at a time
+from partwise.training.adamw import STATE_KINDS, PackedAdamW, moments
 
 
 class Optimizer:
@@ -43,9 +41,8 @@ class Optimizer:
         self.num_steps = num_steps
         self.train = train
         self.never_reached = set(self.masters)
-        self.adamw = torch.optim.AdamW(
-            self._groups(model, plan), betas=train.adam_betas, eps=train.adam_eps, fused=True
-        )
+        adamw = torch.optim.AdamW if train.optimizer_states == "float32" else PackedAdamW
+        self.adamw = adamw(self._groups(model, plan), betas=train.adam_betas, eps=train.adam_eps, fused=True)
         self.groups = {name: group for group in self.adamw.param_groups for name in group["names"]}
         self.stopped = torch.zeros((), device=next(iter(self.masters.values())).device)
         # The fused kernel reads this one from the device and skips its update where it is 1.
@@ -109,12 +106,7 @@ class Optimizer:
         """What AdamW moved one tensor along in the last step, in pieces: flat, without rate and decay."""
         state, (beta, beta_sq) = self.adamw.state[self.masters[name]], self.train.adam_betas
         scale, scale_sq = 1 - beta ** state["step"], (1 - beta_sq ** state["step"]).sqrt()
-        pieces = zip(
-            state["exp_avg"].reshape(-1).split(PIECE),
-            state["exp_avg_sq"].reshape(-1).split(PIECE),
-            strict=True,
-        )
-        for mean, square in pieces:
+        for mean, square in moments(state):
             yield mean / square.sqrt().div_(scale_sq).add_(self.train.adam_eps).mul_(scale)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -142,9 +134,9 @@ class Optimizer:
                 )
             master.copy_(saved)
             self.parameters[name].copy_(master)
-            moments = {kind: state[f"{kind}/{name}"] for kind in MASTER_STATES if f"{kind}/{name}" in state}
-            if moments:
-                self.adamw.state[master] = {k: v.to(master.device, copy=True) for k, v in moments.items()}
+            kept = {kind: state[f"{kind}/{name}"] for kind in STATE_KINDS if f"{kind}/{name}" in state}
+            if kept:
+                self.adamw.state[master] = {k: v.to(master.device, copy=True) for k, v in kept.items()}
 
     def _check_names(self, state: dict[str, Tensor]) -> None:
         saved = {key.removeprefix("master/") for key in state if key.startswith("master/")}

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from partwise.errors import TrainingError
 from partwise.model.find import shorten
+from partwise.model.quantize import scale_tensors
 from partwise.records import Finding, PartsPlan
-from partwise.training.optim import PIECE, Optimizer
+from partwise.training.adamw import PIECE, moments
+from partwise.training.optim import Optimizer
 
 REPORT_FILE = "report.json"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -71,9 +73,13 @@ class Proof:
 
 
 def frozen_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """All parameters that do not train, and the saved buffers of modules in eval mode; tied ones once."""
+    """All parameters that do not train, scales of 4-bit ones, and saved buffers of modules in eval mode.
+
+    Tied ones once.
+    """
     trained = {id(parameter) for parameter in optimizer.parameters.values()}
     frozen = {name: p for name, p in model.named_parameters() if id(p) not in trained}
+    frozen |= dict(scale_tensors(list(frozen.items())))
     saved = model.state_dict(keep_vars=True).keys()
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=path, recurse=False):
@@ -90,7 +96,7 @@ def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """(2,) int64. Squares as well: of many elements, equal steps up and down cancel in a sum."""
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().as_subclass(Tensor).reshape(-1)
     bits = flat.view(INTEGERS[flat.dtype.itemsize])
     sums = [torch.stack([piece.sum(), (piece * piece).sum()]) for piece in bits.split(PIECE)]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
@@ -105,7 +111,7 @@ def reason_to_stand(optimizer: Optimizer, name: str) -> str:
         return UNREACHED
     if not state:
         return ""
-    if not state["exp_avg_sq"].any() and not state["exp_avg"].any():
+    if not any(mean.any() or square.any() for mean, square in moments(state)):
         return ZERO_GRADIENT
     rate = optimizer.groups[name]["lr"]
     pieces = zip(master.reshape(-1).split(PIECE), optimizer.directions(name), strict=True)

@@ -135,7 +135,7 @@ def test_checks_are_chosen_by_id_and_reported_as_json(toy, tmp_path, run_cli) ->
     listed = run_cli("check", "--list").out
     docs = "".join((ROOT / f"docs/{page}.md").read_text() for page in ("check", "data"))
     assert [line for line in listed.splitlines() if f"| `{line.split()[0]}` |" not in docs] == []
-    assert [line.split()[0] for line in listed.splitlines()][:4] == ["config", "output", "model", "plan"]
+    assert [line.split()[0] for line in listed.splitlines()][:4] == ["config", "packages", "output", "model"]
     done = run_cli("check", config, "--only", "plan", "--only", "disk", "--skip", "disk", "--report", report)
     assert done.code == 0, done.err
     assert {finding["check"] for finding in json.loads(report.read_text())} == {"plan"}

@@ -15,9 +15,11 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from partwise.data.loader import epoch_order
+from partwise.export.adapter import open_adapter
 from partwise.model.load import load_processor
 from partwise.tiny import FAMILIES
 
@@ -211,3 +213,33 @@ def test_chat_names_an_image_or_folder_that_is_not_there(tiny_folder, tmp_path, 
     for name, words in (("file", "is a file, not a folder"), ("nothing", "does not exist")):
         done = run_cli("chat", tmp_path / name, "--prompt", "x")
         assert done.code == 1 and words in done.err
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava-next", "qwen2.5-vl", "llama"])
+def test_a_quantised_run_resumes_and_merges(family, toy, rows, tiny_folder, tmp_path, run_cli) -> None:
+    """QLoRA with 8-bit states; the reference of the merged model is the adapter on the 4-bit base."""
+    base, out = tiny_folder(family), tmp_path / "out"
+    qlora = {**LORA, "lora_rank": 64, "quantization": "nf4"}
+    config = write_config(toy, tmp_path, family, base, rows, {"projector": "full", "language_model": qlora})
+    overrides = ("train.save_every=2", "train.optimizer_states=8bit")
+    trained = run_cli("train", config, *overrides)
+    assert trained.code == 0, trained.err
+    final = tmp_path / "run/final"
+    first = (final / "adapter_model.safetensors").read_bytes()
+    state = load_file(tmp_path / "run/checkpoints/step-000002/training_state/optimizer.safetensors")
+    assert any(name.startswith("root_codes/") for name in state)
+    shutil.rmtree(final)
+    resumed = run_cli("train", config, *overrides, "--resume")
+    assert resumed.code == 0 and "resuming from" in resumed.out, resumed.err
+    assert (final / "adapter_model.safetensors").read_bytes() == first
+
+    before = logits_of(open_plain(family, base), family, base, rows)
+    adapter = logits_of(open_adapter(final, "float32").model, family, final, rows)
+    assert (adapter - before).abs().max() > 1e-2
+    assert run_cli("export", tmp_path / "run", "--out", out, "--merge").code == 0
+    merged = logits_of(open_plain(family, out), family, out, rows)
+    torch.testing.assert_close(merged, adapter, atol=1e-4, rtol=0)
+    answers = [
+        run_cli("chat", folder, "--prompt", "What color?", "--max-new-tokens", 4) for folder in (final, out)
+    ]
+    assert answers[0].code == 0 and answers[0].out == answers[1].out

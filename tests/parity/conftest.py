@@ -15,6 +15,7 @@ from partwise.data.chat import ChatFormat
 from partwise.data.collate import collate
 from partwise.model.load import LoadedModel, load_model, media_token_ids
 from partwise.model.parts import apply_plan, resolve_plan
+from partwise.model.quantize import quantize_parts
 from partwise.records import Conversation, Example, Image, Message, PartsPlan, StepData, Text
 
 QUESTIONS = ("What is this?", "Name the colour, please.", "And here?", "Which digit do you see in it?")
@@ -43,10 +44,14 @@ class Tiny:
             batches.append(collate([next(rows) for _ in range(size)], pad_token_id=0))
         return StepData(step, tuple(batches))
 
+    def config(self, parts: dict[str, Any], **train: Any) -> Config:
+        return make_config(self.loaded.path, parts, **train)
+
     def plan(self, parts: dict[str, Any], **train: Any) -> tuple[PartsPlan, Config]:
         """The plan, applied to the model, and its config."""
-        config = make_config(self.loaded.path, parts, **train)
+        config = self.config(parts, **train)
         plan = resolve_plan(self.model, config)
+        quantize_parts(self.model, plan, self.model.device)
         apply_plan(self.model, plan)
         return plan, config
 

@@ -20,6 +20,8 @@ PLANS = {
     "projector only": {"projector": "full"},
     "last layer": {"language_model": {"mode": "full", "layers": "-1:"}},
     "vision lora": {"vision_tower": LORA},
+    "qlora": {"projector": "full", "language_model": {**LORA, "quantization": "nf4"}},
+    "projector over nf4": {"projector": "full", "language_model": {"mode": "frozen", "quantization": "nf4"}},
 }
 
 

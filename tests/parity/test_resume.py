@@ -19,6 +19,7 @@ STEPS = 6
 CASES = {
     "bf16 full": ("bfloat16", {"projector": "full", "language_model": "full"}),
     "fp32 full": ("float32", {"vision_tower": "full", "language_model": "full"}),
+    "qlora": ("bfloat16", {"projector": "full", "language_model": {"mode": "lora", "quantization": "nf4"}}),
     "lora with dropout": (
         "bfloat16",
         {"projector": "full", "language_model": {"mode": "lora", "lora_rank": 4, "lora_dropout": 0.3}},
@@ -49,7 +50,7 @@ def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, **train):
         loader if config.train.eval_every else None,
         run_folder,
         STEPS,
-        make_manifest(plan, {"path": "", "fingerprint": "", "parts": {}}, config.data.train_files),
+        make_manifest(plan, NO_BASE, config.data.train_files, dtype),
         resume_from,
         Console(quiet=True),
     )
@@ -57,6 +58,7 @@ def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, **train):
     return tiny.model.state_dict(), [record for record in records if "checkpoint" not in record]
 
 
+NO_BASE = {"path": "", "fingerprint": "", "parts": {}}
 VOLATILE = ("step_seconds", "data_wait_seconds", "peak_memory_bytes")
 
 

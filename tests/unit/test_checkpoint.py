@@ -59,7 +59,7 @@ class Run:
 
     def make_manifest(self) -> dict[str, Any]:
         base = model_record(Path(self.loaded.path), self.loaded.name, empty_model(self.loaded.path))
-        return make_manifest(self.plan, base, [self.data])
+        return make_manifest(self.plan, base, [self.data], "float32")
 
     def step(self) -> None:
         self.logits().float().square().mean().backward()

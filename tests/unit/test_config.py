@@ -121,7 +121,7 @@ engine: zero3
         "c.yaml:19: train.freeze_llm: unknown key. It belongs at the top level.",
         "c.yaml:20: train.warp: unknown key. The keys here are epochs, steps, global_batch_size, "
         "micro_batch_size, learning_rate, learning_rate_schedule, warmup_steps, min_learning_rate_fraction, "
-        "weight_decay, adam_betas, adam_eps, max_grad_norm, gradient_checkpointing, seed, "
+        "weight_decay, adam_betas, adam_eps, optimizer_states, max_grad_norm, gradient_checkpointing, seed, "
         "log_every, eval_every, "
         "save_every, keep_last, keep_best.",
         'c.yaml:21: engine: "zero3" shards or copies over several devices; this version trains on one. '
@@ -175,6 +175,22 @@ def test_engines_of_several_devices(engine):
             change("vision_tower: frozen", "vision_tower: {mode: lora, lora_dropout: 0.1}"),
             "c.yaml:3: parts.vision_tower.lora_dropout: 0.1 for vision_tower, 0.0 for language_model; "
             "an adapter folder holds one value for all parts. Write the same for each.",
+        ),
+        (
+            change("vision_tower: frozen", "vision_tower: {mode: full, quantization: nf4}"),
+            "c.yaml:3: parts.vision_tower.quantization: nf4 beside mode full: an update is far smaller than "
+            "the steps between 4-bit weights, so they cannot train. Set parts.vision_tower.mode: lora, or "
+            "remove parts.vision_tower.quantization.",
+        ),
+        (
+            change("vision_tower: frozen", "vision_tower: {mode: frozen, double_quantization: false}"),
+            "c.yaml:3: parts.vision_tower.double_quantization: false has no effect: vision_tower is not "
+            "quantised. Remove it, or set parts.vision_tower.quantization: nf4.",
+        ),
+        (
+            change("{mode: full, learning_rate: 1e-4}", "{mode: lora, quantization: nf4}"),
+            "c.yaml:4: parts.projector.quantization: nf4: a projector is too small to gain anything, and "
+            "everything the model sees passes through it. Remove it.",
         ),
     ],
 )

@@ -36,7 +36,8 @@ def job(tiny_folder, tmp_path, make_image):
 
 def footprint(made: Job, row: RowShape = ROW):
     model = planned_model(made.config.model, made.plan)
-    return estimate_footprint(model, made.plan, row, made.config.model.attention)
+    config = made.config
+    return estimate_footprint(model, made.plan, row, config.model.attention, config.train.optimizer_states)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -49,6 +50,41 @@ def test_fixed_bytes_are_those_of_the_real_model_and_optimizer(job, parts, dtype
     masters = sum(m.nbytes for n, m in optimizer.masters.items() if m is not optimizer.parameters[n])
     trained = sum(m.numel() for m in optimizer.masters.values())
     assert footprint(made).fixed_bytes == weights + masters + 12 * trained
+
+
+@pytest.mark.parametrize("is_double", ["true", "false"])
+def test_quantised_weights_and_packed_moments_are_counted_to_the_byte(job, is_double) -> None:
+    quantized = f"quantization: nf4, double_quantization: {is_double}"
+    parts = f"{{vision_tower: {{mode: frozen, {quantized}}}, language_model: {{mode: lora, {quantized}}}}}"
+    made = job("gemma3", parts, "train.optimizer_states=8bit", "parts.language_model.lora_rank=64")
+    model = made.open_model().model
+    optimizer = Optimizer(model, made.plan, made.config.train, 1)
+    for master in optimizer.masters.values():
+        master.grad = torch.ones_like(master)
+    optimizer.step(0)
+    weights = 0
+    for parameter in model.parameters():
+        weights += parameter.nbytes
+        if state := getattr(parameter, "quant_state", None):
+            tables = [state.absmax, state.code]
+            tables += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+            weights += sum(table.nbytes for table in tables)
+    result = footprint(made)
+    assert result.weights_bytes == weights
+    states = (optimizer.adamw.state[master] for master in optimizer.masters.values())
+    moments = sum(value.nbytes for state in states for kind, value in state.items() if kind != "step")
+    assert result.moments_bytes == moments < 8 * sum(m.numel() for m in optimizer.masters.values())
+    largest = max(linear.weight.numel() for linear in quantized_linears(made))
+    assert result.largest_dequantized_bytes == 2 * largest
+
+
+def quantized_linears(made: Job):
+    return [
+        made.empty_model.get_submodule(name)
+        for part in made.plan.parts
+        if part.quantization
+        for name in part.quantization.modules
+    ]
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava", "llava-next", "qwen2.5-vl"])
@@ -110,6 +146,19 @@ def test_lora_is_advised_only_where_full_does_not_fit(job, monkeypatch) -> None:
     finding = error_of(made, monkeypatch, int(footprint(made).fixed_bytes * 0.7))
     assert finding.fix.startswith("Set parts.language_model: lora. This would fit: train.micro_batch_size: 1")
     assert "Nothing less fits" in error_of(made, monkeypatch, 1000).fix
+
+
+def test_4_bits_are_advised_where_lora_alone_does_not_fit(job, monkeypatch) -> None:
+    lora = job("gemma3", "{language_model: lora}", "train.micro_batch_size=1")
+    row = memory.longest_row(Context(lora))
+    quantized = job("gemma3", "{language_model: {mode: lora, quantization: nf4}}", "train.micro_batch_size=1")
+    limit = footprint(quantized, row).peak_bytes(1, True) / 0.9 + 9
+    assert limit * 0.9 < footprint(lora, row).peak_bytes(1, True)
+    made = job("gemma3", "{language_model: full}", "train.micro_batch_size=1")
+    finding = error_of(made, monkeypatch, int(limit))
+    assert finding.fix.startswith(
+        "Set parts.language_model: {mode: lora, quantization: nf4}. This would fit:"
+    )
 
 
 def test_the_check_needs_no_weights(job, tiny_folder, tmp_path) -> None:

@@ -19,6 +19,8 @@ from partwise.training.checkpoint import save_checkpoint, training_state
 from partwise.training.optim import Optimizer
 from partwise.training.saver import HostCopies, Saver, distinct_tensors
 
+NO_BASE = {"path": "", "fingerprint": "", "parts": {}}
+
 FULL = {"projector": "full", "language_model": "full"}
 LORA = {"language_model": "lora"}
 
@@ -43,7 +45,7 @@ class Run:
         self.plan = resolve_plan(self.loaded.model, config)
         apply_plan(self.loaded.model, self.plan)
         self.optimizer = Optimizer(self.loaded.model, self.plan, config.train, 9)
-        self.manifest = make_manifest(self.plan, {"path": "", "fingerprint": "", "parts": {}}, [data])
+        self.manifest = make_manifest(self.plan, NO_BASE, [data], "float32")
         self.noted, self.told = [], []
         self.saver = Saver(
             folder,
