@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,7 +33,6 @@ Overrides = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that ships in the model folder.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as in the config's output.")]
 
 
 def console() -> Console:
@@ -118,15 +117,39 @@ def preview(
 
 @app.command()
 def export(
-    run: RunFolder,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run, model or adapter folders.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into the base weights.")] = False,
+    to: Annotated[
+        Literal["hf", "adapter", "gguf"],
+        typer.Option("--to", help="A whole model, adapters merged; the PEFT adapter; or GGUF files."),
+    ] = "hf",
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W...", help="Shares of several adapters.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option("--dtype", help="Default: the base's.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Largest weight file; default 5GB.")
+    ] = None,
+    verify: Annotated[
+        Literal["sample", "off"],
+        typer.Option("--verify", help="Compare with what was trained in a fresh process, or not."),
+    ] = "sample",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write what a run trained as a folder that other tools load."""
-    from partwise.export.folder import export_run
+    """Write what runs trained as a folder that other tools load."""
+    from partwise.export.folder import ExportOptions, export_runs, parse_weights
 
-    path = export_run(run, out, merge=merge, trust_remote_code=trust_remote_code)
+    options = ExportOptions(
+        to=to,
+        weights=parse_weights(weights),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify == "sample",
+        trust_remote_code=trust_remote_code,
+    )
+    path = export_runs(runs, out, options, console())
     console().print(f"wrote {path}")
 
 

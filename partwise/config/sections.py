@@ -157,3 +157,8 @@ class TrainConfig(Section):
     eval_every: Steps | None = Field(None, ge=1, description="Distance of evaluations; also at the end.")
     save_every: Steps | None = Field(None, ge=1, description="Distance of checkpoints.")
     keep_last: int = Field(2, ge=1, description="Checkpoints that are kept; final/ always is.")
+    verify: Literal["sample", "off"] = Field(
+        "sample",
+        description="Load what was saved in a fresh process, with plain transformers and PEFT, and compare "
+        "its logits on two rows with the trained model's. Needs memory for the model once more.",
+    )

@@ -59,6 +59,15 @@ def special_tokens(processor: Any) -> tuple[str, ...]:
     return tuple(token.content for token in added if token.special)
 
 
+def end_of_turn(processor: Any) -> int | None:
+    """The id of the special token that the chat template ends an answer with; None where it writes none."""
+    chat = (Message("user", (Text("question"),)), Message("assistant", (Text("answer"),)))
+    special = special_tokens(processor)
+    text, [(start, end)] = render_answers(processor, chat, "a question and its answer", special)
+    marks = [token for token in special if text[start:end].endswith(token)]
+    return tokenizer_of(processor).convert_tokens_to_ids(max(marks, key=len)) if marks else None
+
+
 def render_answers(
     processor: Any, messages: Sequence[Message], row: str, special: tuple[str, ...]
 ) -> tuple[str, list[Span]]:

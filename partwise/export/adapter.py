@@ -1,4 +1,4 @@
-"""An adapter folder -> its base model with the adapter on it, or merged into it.
+"""An adapter folder -> its base model with the adapter on it.
 
 In: a PEFT adapter folder, Partwise's or anyone's. Out: a LoadedModel. A Partwise folder knows the
 fingerprint of its base; another base is an error, because it would load and answer wrongly.
@@ -7,16 +7,18 @@ fingerprint of its base; another base is an error, because it would load and ans
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import PreTrainedModel
 
 from partwise.config import ModelConfig
 from partwise.errors import CheckpointError
 from partwise.lineage.fingerprint import base_fingerprint
 from partwise.lineage.manifest import read_manifest
+from partwise.model.find import shorten as shorten_names
 from partwise.model.folder import find_model_folder, read_json
 from partwise.model.load import LoadedModel, load_model, load_processor
 
@@ -40,18 +42,32 @@ def open_adapter(
     settings = ModelConfig(path=base, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     loaded = load_model(settings, device=device)
     processor = load_processor(str(folder), trust_remote_code)
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks for a property that transformers 5.23 warns of. Remove it when PEFT asks for
-        # is_activation_checkpointing.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False).eval()
+    model = put_on(loaded.model, folder)
     return LoadedModel(model=model, processor=processor, path=str(folder), name=loaded.name)
 
 
-def merge_adapter(folder: Path, trust_remote_code: bool = False) -> LoadedModel:
-    """The base with the adapter merged in fp32 on the CPU, as a plain transformers model in fp32."""
-    loaded = open_adapter(folder, dtype="float32", trust_remote_code=trust_remote_code)
-    return replace(loaded, model=loaded.model.merge_and_unload(safe_merge=True))
+def put_on(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the adapter on it, in eval mode; adapters compute in fp32.
+
+    Raises:
+        CheckpointError: the adapter's file is incomplete, or has tensors without a place in the model.
+    """
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks for a property that transformers 5.23 warns of. Remove it when PEFT asks for
+        # is_activation_checkpointing. Of missing keys it warns only: they are an error below.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+    stored = set(load_peft_weights(str(folder), device="cpu"))
+    wanted = set(get_peft_model_state_dict(wrapped))
+    if stored != wanted:
+        raise CheckpointError(
+            f"{folder}: the adapter file does not fit adapter_config.json and the base: "
+            f"{len(wanted - stored)} tensors are missing ({shorten_names(sorted(wanted - stored))}), "
+            f"{len(stored - wanted)} have no place ({shorten_names(sorted(stored - wanted))}). Copy the "
+            "whole adapter folder again."
+        )
+    return wrapped
 
 
 def base_path(folder: Path) -> str:

@@ -1,20 +1,45 @@
-"""A run -> a folder that other tools load: a whole Hugging Face model, or a PEFT adapter as it is.
+"""Runs -> a folder that other tools load: a whole Hugging Face model, a PEFT adapter, or GGUF files.
 
-Written to a temporary name and renamed, so an export that fails leaves nothing behind.
+Written to a temporary name, compared with what was trained in a fresh process, and renamed: an export that
+fails leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from rich.console import Console
 
 from partwise.errors import CheckpointError
-from partwise.export.adapter import base_path, is_adapter, merge_adapter
-from partwise.lineage.manifest import read_manifest
-from partwise.lineage.publish import write_manifest
-from partwise.model.load import load_model_config
+from partwise.export.adapter import is_adapter
+from partwise.export.question import question_probe
+from partwise.export.whole import Written, num_weights_of, write_merged, write_whole
+from partwise.lineage.verify import LIMITS, start_verification
+from partwise.model.load import load_processor
+from partwise.training.engine import pick_device
+
+# Merged in fp32, a model says what the adapter on its base says, but for the order of sums.
+MERGED_LIMIT = 1e-5
+NOT_FOR_OTHERS = ("training_state",)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """`dtype` None is the base's own, `weights` one share for each run, `verify` the fresh process."""
+
+    to: Literal["hf", "adapter", "gguf"] = "hf"
+    weights: tuple[float, ...] = ()
+    dtype: Literal["bfloat16", "float32"] | None = None
+    max_shard_size: str | None = None
+    verify: bool = True
+    trust_remote_code: bool = False
+    converter: Path | None = None
 
 
 def final_folder(run: Path) -> Path:
@@ -37,29 +62,31 @@ def final_folder(run: Path) -> Path:
     )
 
 
-def export_run(run: Path, out: Path, merge: bool = False, trust_remote_code: bool = False) -> Path:
-    """`out`, holding the run's final model; with `merge`, adapters are merged into the base in fp32.
-
-    `trust_remote_code` runs the base's own model code, which merging needs where the base has some.
+def export_runs(
+    runs: Sequence[Path],
+    out: Path,
+    options: ExportOptions = ExportOptions(),
+    console: Console | None = None,
+) -> Path:
+    """`out`, holding what the runs trained: of one run, or of several adapters merged by their weights.
 
     Raises:
-        CheckpointError: `out` exists, the run has no final model, or there is nothing to merge.
+        CheckpointError: `out` exists, a run has no final model, the options do not fit what was trained, or
+            what was written is not what was trained.
     """
+    console = console or Console(quiet=True)
     if out.exists():
         raise CheckpointError(f"{out} exists already and is left as it is. Choose another --out.")
-    source = final_folder(run)
-    if merge and not is_adapter(source):
-        raise CheckpointError(
-            f"{source} was trained full and has no adapter to merge: it is a whole model already. "
-            "Leave --merge out to copy it."
-        )
+    sources = [final_folder(run) for run in runs]
+    check_options(sources, options)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if merge:
-            write_merged(source, partial, trust_remote_code)
-        else:
-            shutil.copytree(source, partial)
+        written = write_export(sources, partial, options)
+        if written.rounding:
+            console.print(written.rounding_text())
+        if options.verify:
+            console.print(verify_export(sources, partial, options, written))
         partial.rename(out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}. Free space or choose another --out.") from error
@@ -68,13 +95,72 @@ def export_run(run: Path, out: Path, merge: bool = False, trust_remote_code: boo
     return out
 
 
-def write_merged(source: Path, out: Path, trust_remote_code: bool = False) -> None:
-    """The merged model in the base's dtype, with processor, generation config and lineage."""
-    base = base_path(source)
-    merged = merge_adapter(source, trust_remote_code)
-    dtype = load_model_config(base, trust_remote_code).dtype or torch.float32
-    merged.model.to(dtype)
-    merged.model.save_pretrained(out)
-    merged.processor.save_pretrained(out)
-    parent = read_manifest(source) or {}
-    write_manifest(out, {**parent, "kind": "merged", "merged_from": str(source.resolve())})
+def parse_weights(text: str | None) -> tuple[float, ...]:
+    """ "0.7,0.3" -> (0.7, 0.3). Raises: CheckpointError for anything else."""
+    try:
+        weights = tuple(float(word) for word in text.split(",")) if text else ()
+    except ValueError:
+        weights = (math.nan,)
+    if not all(math.isfinite(weight) for weight in weights):
+        raise CheckpointError(f"--weights {text} is not a list of numbers. Write it as --weights 0.7,0.3.")
+    return weights
+
+
+def check_options(sources: Sequence[Path], options: ExportOptions) -> None:
+    """Raises: CheckpointError where the options do not fit the folders."""
+    full = [source for source in sources if not is_adapter(source)]
+    if full and options.to == "adapter":
+        raise CheckpointError(
+            f"{full[0]} was trained full and has no adapter: it is a whole model. Add --to hf."
+        )
+    if full and (options.weights or len(sources) > 1):
+        raise CheckpointError(
+            f"{full[0]} was trained full; only adapters can be merged by weights. Export it alone, without "
+            "--weights."
+        )
+    if len(sources) > 1 and options.to == "adapter":
+        raise CheckpointError(
+            f"{len(sources)} adapters make no single one: --to adapter takes one run. Merge "
+            "them with --to hf."
+        )
+    if (len(sources) > 1 or options.weights) and len(options.weights) != len(sources):
+        raise CheckpointError(
+            f"--weights has {len(options.weights)} numbers for {len(sources)} runs. Give one for each run, "
+            "such as --weights 0.7,0.3."
+        )
+
+
+def write_export(sources: Sequence[Path], out: Path, options: ExportOptions) -> Written:
+    if options.to == "adapter":
+        shutil.copytree(sources[0], out, ignore=shutil.ignore_patterns(*NOT_FOR_OTHERS))
+        return Written()
+    settings = (options.dtype, options.max_shard_size or "5GB", options.trust_remote_code)
+    if is_adapter(sources[0]):
+        return write_merged(sources, options.weights or (1.0,), out, *settings)
+    if options.dtype or options.max_shard_size:
+        return write_whole(sources[0], out, *settings)
+    shutil.copytree(sources[0], out, ignore=shutil.ignore_patterns(*NOT_FOR_OTHERS))
+    return Written()
+
+
+def verify_export(sources: Sequence[Path], folder: Path, options: ExportOptions, written: Written) -> str:
+    """What a fresh process says of the folder, against what was trained, both computed in fp32.
+
+    Several adapters, or one with a weight of its own, are no folder's: there the merged model as it was in
+    memory is the measure.
+
+    Raises:
+        CheckpointError: the folder is not what was trained.
+    """
+    reference = None if written.logits else sources[0]
+    probe = question_probe(
+        load_processor(sources[0], options.trust_remote_code),
+        num_weights_of(sources[0], options.trust_remote_code),
+        str(pick_device()),
+        options.trust_remote_code,
+    )
+    rounds = written.dtype not in (None, torch.float32) and reference is not None
+    limit = LIMITS["bfloat16"] if rounds else MERGED_LIMIT
+    finding = start_verification(folder, replace(probe, logits=written.logits), reference, limit).finish()
+    moved = finding.values.get("moved")
+    return finding.message + (f"; the adapter moves them by {moved:.1g}" if moved is not None else "")

@@ -14,11 +14,13 @@ from partwise.config import Config
 from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
+from partwise.data.template import end_of_turn
 from partwise.errors import ConfigError
 from partwise.model.load import LoadedModel, empty_model, load_model, load_processor, media_token_ids
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
+from partwise.model.stops import stop_at
 from partwise.records import PartsPlan
 from partwise.training.engine import pick_device, seed_everything
 
@@ -110,6 +112,7 @@ class Job:
     def open_model(self) -> LoadedModel:
         """The model on its device with the plan applied. Adapters start from the config's seed."""
         loaded = load_model(self.config.model, device=self.device)
+        stop_at(loaded.model, end_of_turn(loaded.processor))
         seed_everything(self.config.train.seed)
         apply_plan(loaded.model, self.plan)
         if self.config.train.gradient_checkpointing:

@@ -89,12 +89,12 @@ def test_chat_answers_about_an_image(trained, toy, run_cli) -> None:
 
 def test_export_copies_a_full_run_and_never_writes_over_anything(trained, tmp_path, run_cli) -> None:
     out = tmp_path / "model"
-    assert run_cli("export", trained, "--out", out).code == 0
+    assert run_cli("export", trained, "--out", out, "--verify", "off").code == 0
     assert (out / "model.safetensors").read_bytes() == (trained / "final/model.safetensors").read_bytes()
-    again = run_cli("export", trained, "--out", out)
+    again = run_cli("export", trained, "--out", out, "--verify", "off")
     assert again.code == 1 and f"{out} exists already" in again.err
-    merged = run_cli("export", trained, "--out", tmp_path / "merged", "--merge")
-    assert merged.code == 1 and "has no adapter to merge" in merged.err
+    merged = run_cli("export", trained, "--out", tmp_path / "merged", "--to", "adapter")
+    assert merged.code == 1 and "was trained full and has no adapter" in merged.err
     assert not (tmp_path / "merged").exists()
 
 
@@ -109,7 +109,7 @@ def test_a_lora_run_loads_in_peft_and_merges_to_the_same_logits(toy, tmp_path, r
     assert run_cli("train", config).code == 0
     final, merged = tmp_path / "run/final", tmp_path / "merged"
     assert not (final / "model.safetensors").exists()
-    assert run_cli("export", tmp_path / "run", "--out", merged, "--merge").code == 0
+    assert run_cli("export", tmp_path / "run", "--out", merged, "--verify", "off").code == 0
     inputs = {"input_ids": torch.arange(10, 40)[None]}
     base = AutoModelForImageTextToText.from_pretrained(toy.base).eval()
     with torch.no_grad():

@@ -1,0 +1,193 @@
+"""Is a saved folder the trained model? A fresh process with plain transformers and PEFT says so.
+
+In: a folder, and a Probe of the model that it was saved from. Out: a Finding with the difference and its
+cost, or a CheckpointError that says what differs. The process is reload.py; it runs beside its caller, who
+asks for the result later or waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from partwise.errors import CheckpointError
+from partwise.lineage import reload
+from partwise.records import Finding
+
+# The largest difference of logits, as a fraction of their norm. The same weights on the same device differ
+# by nothing; these leave room for another device and its kernels (docs/checkpoints.md has measurements).
+LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
+
+SENTENCE = "Which of the 7 things is this? It's a “naïve” 数字, isn't it?\n"
+
+
+@dataclass(frozen=True)
+class InputSide:
+    """What a reloaded tokenizer, processor and chat template are compared with."""
+
+    token_ids: tuple[int, ...]
+    processor: str
+    chat_template: str
+
+    @classmethod
+    def of(cls, processor: Any) -> InputSide:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        template = processor.chat_template
+        return cls(
+            token_ids=tuple(tokenizer(SENTENCE)["input_ids"]),
+            processor="" if tokenizer is processor else type(processor).__name__,
+            chat_template=template if isinstance(template, str) else "",
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few rows as the model's own inputs, one dict a row, and what a trained model says about them.
+
+    `logits` are its logits at the last positions of each row, (positions, V) in fp32; none where another
+    folder is the measure. `device` is where they were computed, `dtype` what both sides compute in.
+    """
+
+    rows: tuple[dict[str, Tensor], ...]
+    logits: tuple[Tensor, ...]
+    num_logits: int
+    input_side: InputSide
+    dtype: str
+    device: str
+    num_weights: int
+    trust_remote_code: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that reload.py reads: inputs/ROW/NAME and trained/ROW/logits."""
+        tensors: dict[str, Tensor] = {}
+        for i, row in enumerate(self.rows):
+            tensors[f"inputs/{i}/num_logits"] = torch.tensor(self.num_logits)
+            tensors.update({f"inputs/{i}/{name}": tensor.contiguous() for name, tensor in row.items()})
+        for i, logits in enumerate(self.logits):
+            tensors[f"trained/{i}/logits"] = logits.contiguous()
+        return tensors
+
+
+def start_verification(
+    folder: Path, probe: Probe, reference: Path | None = None, limit: float | None = None
+) -> Verification:
+    """A fresh process that loads the folder and compares; it runs on while the caller does other things.
+
+    The folder must stay until `finish`. `reference` is a folder that gives the logits instead of the probe,
+    `limit` the largest difference instead of that of the dtype.
+    """
+    scratch = tempfile.TemporaryDirectory(prefix="partwise-verify-")
+    job = {
+        "folder": str(folder),
+        "reference": str(reference) if reference else "",
+        "probe": str(Path(scratch.name) / "probe.safetensors"),
+        "started": time.time(),
+        "dtype": probe.dtype,
+        "device": probe.device,
+        "num_weights": probe.num_weights,
+        "trust_remote_code": probe.trust_remote_code,
+        "text": SENTENCE,
+        "token_ids": probe.input_side.token_ids,
+        "processor": probe.input_side.processor,
+        "chat_template": probe.input_side.chat_template,
+    }
+    save_file(probe.tensors(), job["probe"])
+    job_file = Path(scratch.name) / "job.json"
+    job_file.write_text(json.dumps(job))
+    output, errors = (Path(scratch.name) / name for name in ("out", "err"))
+    with output.open("w") as out, errors.open("w") as err:
+        # -P: the script's own folder is not searched for modules.
+        process = subprocess.Popen(
+            [sys.executable, "-P", reload.__file__, str(job_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+        )
+    return Verification(folder, process, scratch, probe, limit or LIMITS[probe.dtype])
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One that is under way. `finish` waits for it, once."""
+
+    folder: Path
+    process: subprocess.Popen
+    scratch: tempfile.TemporaryDirectory
+    probe: Probe
+    limit: float
+
+    def is_done(self) -> bool:
+        return self.process.poll() is not None
+
+    def cancel(self) -> None:
+        """Ends the process without a result."""
+        self.process.kill()
+        self.process.wait()
+        self.scratch.cleanup()
+
+    def finish(self) -> Finding:
+        """How far the logits are apart, and what it cost; a warning where the process could not say.
+
+        Raises:
+            CheckpointError: the folder does not load, or is not the trained model.
+        """
+        try:
+            code = self.process.wait()
+            lines = (Path(self.scratch.name) / "out").read_text().splitlines()
+            errors = (Path(self.scratch.name) / "err").read_text().splitlines()
+        except BaseException:
+            self.cancel()
+            raise
+        self.scratch.cleanup()
+        result = json.loads(lines[-1]) if code == 0 and lines else {}
+        if not result or "unable" in result:
+            why = result.get("unable") or f"code {code}: {errors[-1] if errors else 'killed?'}"
+            return unverified(self.folder, why)
+        return judge(self.folder, self.probe, self.limit, result)
+
+
+def unverified(folder: Path, why: str) -> Finding:
+    return Finding(
+        "verify",
+        "warning",
+        f"{folder} is written, but was not verified: the fresh process that loads it could not end ({why})",
+        fix="It needs memory for the model once more; train.verify: off, or --verify off, leaves it out.",
+        values={"folder": str(folder)},
+    )
+
+
+def judge(folder: Path, probe: Probe, limit: float, result: dict[str, Any]) -> Finding:
+    """The verdict on what the fresh process found. Raises: CheckpointError, as `Verification.finish`."""
+    assert not result["imports_partwise"], "the fresh process must load the folder as everyone does"
+    error = result.get("relative_error", math.inf)
+    fault = result.get("fault")
+    if fault is None and not error <= limit:
+        fault = (
+            f"logits of {result['num_rows']} rows differ by {error:.1e} of their norm, in {result['dtype']} "
+            f"at most {limit:.0e} is allowed, so weights were changed or lost"
+        )
+    if fault:
+        raise CheckpointError(
+            f"{folder} is not the trained model when a fresh process loads it: {fault.rstrip('.')}. Do not "
+            "use it. Write it again from the run's newest checkpoint; if that fails too, the disk or the "
+            "versions of transformers and peft are at fault."
+        )
+    where = "" if torch.device(probe.device).type == result["device"] else f" on the {result['device']}"
+    return Finding(
+        "verify",
+        "info",
+        f"verified in a fresh process{where}: logits differ by {error:.1g} of their norm, "
+        f"{result['seconds']:.1f} s",
+        values={"folder": str(folder), **result},
+    )
