@@ -19,7 +19,7 @@ from partwise.errors import CheckpointError
 from partwise.lineage.fingerprint import base_fingerprint
 from partwise.lineage.manifest import read_manifest
 from partwise.model.find import shorten as shorten_names
-from partwise.model.folder import find_model_folder, read_json
+from partwise.model.folder import as_checkpoint_error, find_model_folder, read_json
 from partwise.model.load import LoadedModel, load_model, load_processor
 
 
@@ -57,7 +57,8 @@ def put_on(model: PreTrainedModel, folder: Path) -> PeftModel:
         # is_activation_checkpointing. Of missing keys it warns only: they are an error below.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+        with as_checkpoint_error(folder, "PEFT cannot load its adapter", "Copy the whole folder again."):
+            wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
     stored = set(load_peft_weights(str(folder), device="cpu"))
     wanted = set(get_peft_model_state_dict(wrapped))
     if stored != wanted:

@@ -7,6 +7,7 @@ fails leaves nothing behind.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,6 +109,10 @@ def parse_weights(text: str | None) -> tuple[float, ...]:
 
 def check_options(sources: Sequence[Path], options: ExportOptions) -> None:
     """Raises: CheckpointError where the options do not fit the folders."""
+    if options.max_shard_size and not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", options.max_shard_size):
+        raise CheckpointError(
+            f"--max-shard-size {options.max_shard_size} is no size. Write it as 5GB or 500MB."
+        )
     full = [source for source in sources if not is_adapter(source)]
     if full and options.to == "adapter":
         raise CheckpointError(

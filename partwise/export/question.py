@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from partwise.data.chat import prompt_inputs
+from partwise.data.template import tokenizer_of
 from partwise.lineage.reload import logits_of
 from partwise.lineage.verify import InputSide, Probe
 from partwise.records import Conversation, Image, Message, Text
@@ -24,7 +25,7 @@ NUM_LOGITS = 16
 def question_probe(processor: Any, num_weights: int, device: str, trust_remote_code: bool) -> Probe:
     """The question without a picture, and with one where the model takes any; fp32, no logits yet."""
     contents: list[tuple[Text | Image, ...]] = [(Text(QUESTION),)]
-    if hasattr(processor, "image_processor"):
+    if hasattr(processor, "image_processor") and processor.chat_template:
         contents.append((Image(make_picture(), "a made-up picture"), Text(QUESTION)))
     return Probe(
         rows=tuple(question_inputs(processor, content) for content in contents),
@@ -39,9 +40,12 @@ def question_probe(processor: Any, num_weights: int, device: str, trust_remote_c
 
 
 def question_inputs(processor: Any, contents: tuple[Text | Image, ...]) -> dict[str, Tensor]:
+    if not processor.chat_template:
+        inputs = tokenizer_of(processor)([QUESTION], return_tensors="pt")
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
     conversation = Conversation((Message("user", contents),), source="a made-up question", row=0)
-    inputs = prompt_inputs(processor, conversation)
-    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    made = prompt_inputs(processor, conversation)
+    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 
 def answer_logits(model: Any, probe: Probe) -> tuple[Tensor, ...]:

@@ -102,7 +102,10 @@ def save_whole(model: Any, processor: Any, out: Path, dtype: torch.dtype, max_sh
 
 
 def set_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Parameters in `dtype`; buffers keep their own, which tables of rotary angles need."""
+    """Parameters in `dtype`, and all configs say so; buffers keep their own, as rotary angles need."""
+    for config in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
+        if config is not None:
+            config.dtype = dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 

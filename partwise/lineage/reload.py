@@ -7,6 +7,7 @@ give them. Out: one JSON line: how far the logits are apart, or what is wrong wi
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import json
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 # Beside the weights: activations of a few rows, and what a device keeps for itself.
 ROOM_FACTOR = 1.2
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 class FolderError(Exception):
@@ -33,17 +35,22 @@ class FolderError(Exception):
 
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
-    try:
-        result = compare(job, load_file(job["probe"]))
-    except FolderError as fault:
-        result = {"fault": str(fault)}
-    except (MemoryError, torch.OutOfMemoryError):
-        result = {"unable": "out of memory"}
-    except Exception as error:
-        result = {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
+    result = examine(job)
     result["seconds"] = time.time() - job["started"]
     result["imports_partwise"] = "partwise" in sys.modules
     print(json.dumps(result))
+
+
+def examine(job: dict[str, Any]) -> dict[str, Any]:
+    """Errors of the folder's logits; or `fault`: what is wrong; or `unable`: why nothing could be said."""
+    try:
+        return compare(job, load_file(job["probe"]))
+    except FolderError as fault:
+        return {"fault": str(fault)}
+    except (MemoryError, torch.OutOfMemoryError):
+        return {"unable": "out of memory"}
+    except Exception as error:
+        return {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
 
 
 def compare(job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -113,17 +120,14 @@ def check_input_side(folder: Path, job: dict[str, Any]) -> None:
         )
     owner = tokenizer
     if job["processor"]:
-        try:
+        if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+            raise FolderError(f"it has no processor (neither {' nor '.join(PROCESSOR_FILES)})")
+        # A processor with a video part needs torchvision, which may be missing here.
+        with contextlib.suppress(ImportError):
             owner = AutoProcessor.from_pretrained(folder, trust_remote_code=trust)
-        except ImportError:  # a video part that needs torchvision, which is not installed here
-            files = ("processor_config.json", "preprocessor_config.json")
-            if not any((folder / name).is_file() for name in files):
-                raise FolderError(f"it has no processor (neither {' nor '.join(files)})") from None
-        else:
             if type(owner).__name__ != job["processor"]:
-                raise FolderError(
-                    f"its processor opens as a {type(owner).__name__}, not as {job['processor']}"
-                )
+                kind = type(owner).__name__
+                raise FolderError(f"its processor opens as a {kind}, not as {job['processor']}")
     if job["chat_template"] and (owner.chat_template or tokenizer.chat_template) != job["chat_template"]:
         raise FolderError("its chat template is not the one of the training")
 
@@ -139,11 +143,14 @@ def open_folder(folder: Path, dtype: torch.dtype, device: torch.device, trust: b
     base = json.loads(adapter_file.read_text())["base_model_name_or_path"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(
-            open_model(base, dtype, trust),
-            str(folder),
-            autocast_adapter_dtype=False,  # computes as training did; PEFT's default is adapters in fp32
-        )
+        try:
+            model = PeftModel.from_pretrained(
+                open_model(base, dtype, trust),
+                str(folder),
+                autocast_adapter_dtype=False,  # computes as training did; PEFT's default is adapters in fp32
+            )
+        except KeyError as error:
+            raise FolderError(f"the adapter file lacks {error}") from error
         model = model.to(device).eval()
     stored = set(load_peft_weights(str(folder), device="cpu"))
     loaded = set(get_peft_model_state_dict(model))

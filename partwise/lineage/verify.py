@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ SENTENCE = "Which of the 7 things is this? It's a “naïve” 数字, isn't it?
 class InputSide:
     """What a reloaded tokenizer, processor and chat template are compared with."""
 
-    token_ids: tuple[int, ...]
+    token_ids: list[int]
     processor: str
     chat_template: str
 
@@ -45,7 +45,7 @@ class InputSide:
         tokenizer = getattr(processor, "tokenizer", processor)
         template = processor.chat_template
         return cls(
-            token_ids=tuple(tokenizer(SENTENCE)["input_ids"]),
+            token_ids=tokenizer(SENTENCE)["input_ids"],
             processor="" if tokenizer is processor else type(processor).__name__,
             chat_template=template if isinstance(template, str) else "",
         )
@@ -88,21 +88,7 @@ def start_verification(
     `limit` the largest difference instead of that of the dtype.
     """
     scratch = tempfile.TemporaryDirectory(prefix="partwise-verify-")
-    job = {
-        "folder": str(folder),
-        "reference": str(reference) if reference else "",
-        "probe": str(Path(scratch.name) / "probe.safetensors"),
-        "started": time.time(),
-        "dtype": probe.dtype,
-        "device": probe.device,
-        "num_weights": probe.num_weights,
-        "trust_remote_code": probe.trust_remote_code,
-        "text": SENTENCE,
-        "token_ids": probe.input_side.token_ids,
-        "processor": probe.input_side.processor,
-        "chat_template": probe.input_side.chat_template,
-    }
-    save_file(probe.tensors(), job["probe"])
+    job = write_job(Path(scratch.name), folder, probe, reference)
     job_file = Path(scratch.name) / "job.json"
     job_file.write_text(json.dumps(job))
     output, errors = (Path(scratch.name) / name for name in ("out", "err"))
@@ -115,6 +101,24 @@ def start_verification(
             stderr=err,
         )
     return Verification(folder, process, scratch, probe, limit or LIMITS[probe.dtype])
+
+
+def write_job(scratch: Path, folder: Path, probe: Probe, reference: Path | None = None) -> dict[str, Any]:
+    """What reload.py is to do, with the probe's tensors in a file in `scratch`."""
+    probe_file = str(scratch / "probe.safetensors")
+    save_file(probe.tensors(), probe_file)
+    return {
+        "folder": str(folder),
+        "reference": str(reference) if reference else "",
+        "probe": probe_file,
+        "started": time.time(),
+        "dtype": probe.dtype,
+        "device": probe.device,
+        "num_weights": probe.num_weights,
+        "trust_remote_code": probe.trust_remote_code,
+        "text": SENTENCE,
+        **asdict(probe.input_side),
+    }
 
 
 @dataclass(frozen=True)

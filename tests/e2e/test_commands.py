@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 ASK = """
 import json, sys
@@ -41,8 +42,13 @@ def trained(toy, tmp_path_factory):
     import partwise
 
     folder = tmp_path_factory.mktemp("trained")
+    # As in base models, generation stops at the end of a text only: training must add the end of a turn.
+    base = shutil.copytree(toy.base, folder / "base")
+    stops = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**stops, "eos_token_id": 1}))
     config = toy.config(
         folder,
+        model__path=str(base),
         train__steps=90,
         train__warmup_steps=10,
         train__eval_every=45,
@@ -79,6 +85,28 @@ def test_the_run_folder_holds_what_the_docs_say(trained) -> None:
         "chat_template.jinja",
         "partwise.json",
     } <= final
+
+
+def test_generation_stops_at_the_end_of_a_turn(trained, toy) -> None:
+    """Of 20 tokens allowed, an answer takes the word and the mark."""
+    final = trained / "final"
+    processor = AutoProcessor.from_pretrained(final)
+    model = AutoModelForImageTextToText.from_pretrained(final)
+    end = processor.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert model.generation_config.eos_token_id == [1, end]
+    content = [
+        {"type": "image", "image": str(toy.held_out.parent / "images/002.png")},
+        {"type": "text", "text": toy.question},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert output[-1] == end and len(output) < 20
 
 
 def test_chat_answers_about_an_image(trained, toy, run_cli) -> None:
