@@ -136,6 +136,9 @@ def export(
         Literal["sample", "off"],
         typer.Option("--verify", help="Compare with what was trained in a fresh process, or not."),
     ] = "sample",
+    converter: Annotated[
+        Path | None, typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, for --to gguf.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write what runs trained as a folder that other tools load."""
@@ -148,6 +151,7 @@ def export(
         max_shard_size=max_shard_size,
         verify=verify == "sample",
         trust_remote_code=trust_remote_code,
+        converter=converter,
     )
     path = export_runs(runs, out, options, console())
     console().print(f"wrote {path}")

@@ -18,9 +18,11 @@ import torch
 from rich.console import Console
 
 from partwise.errors import CheckpointError
-from partwise.export.adapter import is_adapter
+from partwise.export.adapter import base_path, is_adapter
+from partwise.export.gguf import find_converter, replace_by_gguf
 from partwise.export.question import question_probe
 from partwise.export.whole import Written, num_weights_of, write_merged, write_whole
+from partwise.lineage.manifest import read_manifest
 from partwise.lineage.verify import LIMITS, start_verification
 from partwise.model.load import load_processor
 from partwise.training.engine import pick_device
@@ -80,6 +82,7 @@ def export_runs(
         raise CheckpointError(f"{out} exists already and is left as it is. Choose another --out.")
     sources = [final_folder(run) for run in runs]
     check_options(sources, options)
+    converter = find_converter(options.converter) if options.to == "gguf" else []
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -88,12 +91,24 @@ def export_runs(
             console.print(written.rounding_text())
         if options.verify:
             console.print(verify_export(sources, partial, options, written))
+        if converter:
+            console.print(replace_by_gguf(partial, converter, tokenizer_model_of(sources[0])))
         partial.rename(out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}. Free space or choose another --out.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def tokenizer_model_of(source: Path) -> Path | None:
+    """The base's SentencePiece file: transformers reads it and saves tokenizer.json in its place."""
+    if is_adapter(source):
+        base = base_path(source)
+    else:
+        base = (read_manifest(source) or {}).get("base", {}).get("path", "")
+    file = Path(base) / "tokenizer.model" if base else source / "tokenizer.model"
+    return file if file.is_file() else None
 
 
 def parse_weights(text: str | None) -> tuple[float, ...]:
