@@ -58,12 +58,11 @@ def compare(job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, 
     folder = Path(job["folder"])
     check_input_side(folder, job)
     rows = split_rows(tensors, "inputs")
-    dtype = getattr(torch, job["dtype"])
-    device = pick_device(job, dtype)
+    device = pick_device(job)
     result: dict[str, Any] = {"device": device.type, "dtype": job["dtype"], "num_rows": len(rows)}
     wanted = [row["logits"] for row in split_rows(tensors, "trained")]
     if job["reference"]:
-        reference = open_folder(Path(job["reference"]), dtype, device, job["trust_remote_code"])
+        reference = open_folder(Path(job["reference"]), job, device)
         wanted = [logits_of(reference, row) for row in rows]
         if isinstance(reference, PeftModel):
             with reference.disable_adapter():
@@ -71,7 +70,7 @@ def compare(job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, 
             result["moved"] = relative_error(wanted, untrained)
         del reference
         gc.collect()
-    model = open_folder(folder, dtype, device, job["trust_remote_code"])
+    model = open_folder(folder, job, device)
     found = [logits_of(model, row) for row in rows]
     result["relative_error"] = relative_error(found, wanted)
     result["max_difference"] = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
@@ -132,20 +131,20 @@ def check_input_side(folder: Path, job: dict[str, Any]) -> None:
         raise FolderError("its chat template is not the one of the training")
 
 
-def open_folder(folder: Path, dtype: torch.dtype, device: torch.device, trust: bool) -> Any:
+def open_folder(folder: Path, job: dict[str, Any], device: torch.device) -> Any:
     """The model of a folder, or the adapter on the base that it names, in eval mode.
 
     Raises: FolderError where anything is missing, left over or of another shape.
     """
     adapter_file = folder / "adapter_config.json"
     if not adapter_file.is_file():
-        return open_model(folder, dtype, trust).to(device).eval()
+        return open_model(folder, job).to(device).eval()
     base = json.loads(adapter_file.read_text())["base_model_name_or_path"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model = PeftModel.from_pretrained(
-                open_model(base, dtype, trust),
+                open_model(base, job),
                 str(folder),
                 autocast_adapter_dtype=False,  # computes as training did; PEFT's default is adapters in fp32
             )
@@ -159,10 +158,16 @@ def open_folder(folder: Path, dtype: torch.dtype, device: torch.device, trust: b
     return model
 
 
-def open_model(folder: Path | str, dtype: torch.dtype, trust: bool) -> Any:
+def open_model(folder: Path | str, job: dict[str, Any]) -> Any:
+    trust = job["trust_remote_code"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     model, report = auto_class(config).from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True, weights_only=True
+        folder,
+        dtype=getattr(torch, job["dtype"]),
+        attn_implementation=job["attention"],
+        trust_remote_code=trust,
+        output_loading_info=True,
+        weights_only=True,
     )
     tied = set(model.all_tied_weights_keys)
     refuse(sorted(set(report["missing_keys"]) - tied), "were newly initialised, because the files lack them")
@@ -185,13 +190,14 @@ def refuse(names: list[str], what: str) -> None:
         raise FolderError(f"{len(names)} tensors {what}: {', '.join(names[:3])}{more}")
 
 
-def pick_device(job: dict[str, Any], dtype: torch.dtype) -> torch.device:
+def pick_device(job: dict[str, Any]) -> torch.device:
     """The device of the training where it has room for the model, else the CPU."""
     wanted = torch.device(job["device"])
     if wanted.type != "cuda" or not torch.cuda.is_available():
         return torch.device("cpu")
     room = torch.cuda.mem_get_info(wanted)[0]
-    return wanted if job["num_weights"] * dtype.itemsize * ROOM_FACTOR < room else torch.device("cpu")
+    needed = job["num_weights"] * getattr(torch, job["dtype"]).itemsize * ROOM_FACTOR
+    return wanted if needed < room else torch.device("cpu")
 
 
 if __name__ == "__main__":

@@ -110,5 +110,6 @@ def take_probe(
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         num_weights=model.num_parameters(),
+        attention=model.config._attn_implementation,
         trust_remote_code=trust_remote_code,
     )

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import partwise
 from partwise import run as run_module
 from partwise.errors import CheckpointError
 from partwise.lineage.reload import examine
-from partwise.lineage.verify import LIMITS, Probe, judge, start_verification, write_job
+from partwise.lineage.verify import Probe, judge, start_verification, write_job
 
 LORA = {"mode": "lora", "lora_rank": 4, "learning_rate": 1e-2}
 PARTS = {
@@ -130,7 +131,7 @@ def test_damage_is_noticed_and_named(kind, damage, told, verified, tmp_path) -> 
     # What the fresh process does, in this one, to save the seconds of its start.
     result = {**examine(write_job(tmp_path, folder, probe)), "imports_partwise": False}
     with pytest.raises(CheckpointError, match=told) as error:
-        judge(folder, probe, LIMITS[probe.dtype], result)
+        judge(folder, probe, result)
     assert str(error.value).startswith(f"{folder} is not the trained model when a fresh process loads it: ")
 
 
@@ -163,3 +164,16 @@ def test_a_final_that_is_not_the_trained_model_is_put_aside(toy, tmp_path, run_c
     resumed = run_cli("train", config, "--resume", "train.verify=off")
     assert resumed.code == 0 and "verified" not in resumed.out, resumed.err
     assert (tmp_path / "run/final/partwise.json").is_file()
+
+
+def test_limits_are_those_of_type_and_device(verified) -> None:
+    """bfloat16 on another device has room for its noise; a NaN is never allowed."""
+    final, probe = verified("full")
+    half = replace(probe, dtype="bfloat16", device="cuda:0")
+    found = {"device": "cpu", "dtype": "bfloat16", "num_rows": 1, "seconds": 9.0, "imports_partwise": False}
+    told = judge(final, half, {**found, "relative_error": 0.05}).message
+    assert told == "verified in a fresh process on the cpu: logits differ by 0.05 of their norm, 9.0 s"
+    refused = [(half, found, 0.2), (half, {**found, "device": "cuda"}, 0.05), (half, found, float("nan"))]
+    for asked, result, error in refused:
+        with pytest.raises(CheckpointError, match="differ by"):
+            judge(final, asked, {**result, "relative_error": error})
