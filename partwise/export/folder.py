@@ -23,10 +23,12 @@ from partwise.export.gguf import find_converter, replace_by_gguf
 from partwise.export.question import question_probe
 from partwise.export.whole import Written, num_weights_of, write_merged, write_whole
 from partwise.lineage.manifest import read_manifest
-from partwise.lineage.verify import LIMITS, start_verification
+from partwise.lineage.verify import start_verification
 from partwise.model.load import load_processor
 from partwise.training.engine import pick_device
 
+# What rounding the weights may do to logits, as a fraction of their norm; merge.py tells what it took.
+ROUNDED_LIMIT = 1e-1
 NOT_FOR_OTHERS = ("training_state",)
 
 
@@ -88,7 +90,7 @@ def export_runs(
         if written.rounding:
             console.print(written.rounding_text())
         if options.verify:
-            console.print(verify_export(sources, partial, options, written))
+            console.print(verify_export(sources, partial, out, options, written))
         if converter:
             console.print(replace_by_gguf(partial, converter, tokenizer_model_of(sources[0])))
         partial.rename(out)
@@ -153,16 +155,19 @@ def write_export(sources: Sequence[Path], out: Path, options: ExportOptions) -> 
         shutil.copytree(sources[0], out, ignore=shutil.ignore_patterns(*NOT_FOR_OTHERS))
         return Written()
     settings = (options.dtype, options.max_shard_size or "5GB", options.trust_remote_code)
+    share = options.weights or (1.0,)
     if is_adapter(sources[0]):
-        return write_merged(sources, options.weights or (1.0,), out, *settings)
+        return write_merged(sources, share, out, *settings, with_logits=options.verify)
     if options.dtype or options.max_shard_size:
         return write_whole(sources[0], out, *settings)
     shutil.copytree(sources[0], out, ignore=shutil.ignore_patterns(*NOT_FOR_OTHERS))
     return Written()
 
 
-def verify_export(sources: Sequence[Path], folder: Path, options: ExportOptions, written: Written) -> str:
-    """What a fresh process says of the folder, against what was trained, both computed in fp32.
+def verify_export(
+    sources: Sequence[Path], folder: Path, out: Path, options: ExportOptions, written: Written
+) -> str:
+    """What a fresh process says of the folder, to be `out`, against what was trained; both in fp32.
 
     Several adapters, or one with a weight of its own, are no folder's: there the merged model as it was in
     memory is the measure.
@@ -178,7 +183,9 @@ def verify_export(sources: Sequence[Path], folder: Path, options: ExportOptions,
         options.trust_remote_code,
     )
     rounds = written.dtype not in (None, torch.float32) and reference is not None
-    limit = LIMITS["bfloat16"] if rounds else None
-    finding = start_verification(folder, replace(probe, logits=written.logits), reference, limit).finish()
+    limit = ROUNDED_LIMIT if rounds else None
+    finding = start_verification(
+        folder, replace(probe, logits=written.logits), reference, limit, name=out
+    ).finish()
     moved = finding.values.get("moved")
     return finding.message + (f"; the adapter moves them by {moved:.1g}" if moved is not None else "")

@@ -27,6 +27,9 @@ from partwise.model.folder import find_model_folder
 from partwise.model.load import LoadedModel, empty_model, load_model, load_model_config, load_processor
 from partwise.model.stops import stop_at
 
+# Above this share of the update, the line that tells it also tells the way out.
+LARGE_LOSS = 0.2
+
 
 @dataclass(frozen=True)
 class Written:
@@ -48,6 +51,7 @@ class Written:
         return (
             f"{merged}; rounding to {str(self.rounding.dtype).removeprefix('torch.')} took "
             f"{self.rounding.fraction:.1%} of the update, at worst {worst:.1%} ({name})"
+            + ("; --dtype float32 keeps all of it" if self.rounding.fraction > LARGE_LOSS else "")
         )
 
 
@@ -58,8 +62,11 @@ def write_merged(
     dtype_name: str | None,
     max_shard_size: str,
     trust_remote_code: bool,
+    with_logits: bool = True,
 ) -> Written:
     """The base with the adapters in it, by their weights.
+
+    `with_logits` computes the merged model's logits where no folder can give them.
 
     Raises:
         CheckpointError: the adapters have no base in common, or there is nothing to merge.
@@ -72,7 +79,7 @@ def write_merged(
     adapters = [take_adapter(loaded.model, source, weight) for source, weight in pairs]
     rounding = merge_into(loaded.model, adapters, dtype)
     logits: tuple[Tensor, ...] = ()
-    if len(adapters) > 1 or adapters[0].weight != 1.0:
+    if with_logits and (len(adapters) > 1 or adapters[0].weight != 1.0):
         # Computed with the rounded weights, in fp32 where the model is, before they take their final type.
         probe = question_probe(processor, 0, "cpu", trust_remote_code)
         set_dtype(loaded.model, dtype)

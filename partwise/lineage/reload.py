@@ -47,8 +47,8 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
         return compare(job, load_file(job["probe"]))
     except FolderError as fault:
         return {"fault": str(fault)}
-    except (MemoryError, torch.OutOfMemoryError):
-        return {"unable": "out of memory"}
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return {"unable": str(error).partition("\n")[0] or "out of memory"}
     except Exception as error:
         return {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"}
 
@@ -191,13 +191,26 @@ def refuse(names: list[str], what: str) -> None:
 
 
 def pick_device(job: dict[str, Any]) -> torch.device:
-    """The device of the training where it has room for the model, else the CPU."""
-    wanted = torch.device(job["device"])
-    if wanted.type != "cuda" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    room = torch.cuda.mem_get_info(wanted)[0]
+    """The device of the training where it has room for the model, else the CPU.
+
+    Raises: MemoryError where that has none either: trying would take other processes down with this one.
+    """
     needed = job["num_weights"] * getattr(torch, job["dtype"]).itemsize * ROOM_FACTOR
-    return wanted if needed < room else torch.device("cpu")
+    wanted = torch.device(job["device"])
+    if wanted.type == "cuda" and torch.cuda.is_available() and needed < torch.cuda.mem_get_info(wanted)[0]:
+        return wanted
+    if needed > (free := free_memory_bytes()):
+        raise MemoryError(f"it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    return torch.device("cpu")
+
+
+def free_memory_bytes() -> float:
+    """What Linux says is available; elsewhere no limit is known."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return float("inf")
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -83,12 +83,16 @@ class Probe:
 
 
 def start_verification(
-    folder: Path, probe: Probe, reference: Path | None = None, limit: float | None = None
+    folder: Path,
+    probe: Probe,
+    reference: Path | None = None,
+    limit: float | None = None,
+    name: Path | None = None,
 ) -> Verification:
     """A fresh process that loads the folder and compares; it runs on while the caller does other things.
 
     The folder must stay until `finish`. `reference` is a folder that gives the logits instead of the probe,
-    `limit` the largest difference that is allowed instead of that of the dtype.
+    `limit` the largest difference that is allowed instead of that of the dtype, `name` the folder's name to be.
     """
     scratch = tempfile.TemporaryDirectory(prefix="partwise-verify-")
     job = write_job(Path(scratch.name), folder, probe, reference)
@@ -103,7 +107,7 @@ def start_verification(
             stdout=out,
             stderr=err,
         )
-    return Verification(folder, process, scratch, probe, limit)
+    return Verification(name or folder, process, scratch, probe, limit)
 
 
 def write_job(scratch: Path, folder: Path, probe: Probe, reference: Path | None = None) -> dict[str, Any]:
@@ -169,8 +173,8 @@ def unverified(folder: Path, why: str) -> Finding:
     return Finding(
         "verify",
         "warning",
-        f"{folder} is written, but was not verified: the fresh process that loads it could not end ({why})",
-        fix="It needs memory for the model once more; train.verify: off, or --verify off, leaves it out.",
+        f"{folder} is written, but was not verified in a fresh process: {why}. That takes memory for "
+        "the model once more; train.verify: off, or --verify off, leaves it out",
         values={"folder": str(folder)},
     )
 
