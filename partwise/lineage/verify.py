@@ -92,7 +92,7 @@ def start_verification(
     """A fresh process that loads the folder and compares; it runs on while the caller does other things.
 
     The folder must stay until `finish`. `reference` is a folder that gives the logits instead of the probe,
-    `limit` the largest difference that is allowed instead of that of the dtype, `name` the folder's name to be.
+    `limit` the largest difference that is allowed, `name` the folder's name to be.
     """
     scratch = tempfile.TemporaryDirectory(prefix="partwise-verify-")
     job = write_job(Path(scratch.name), folder, probe, reference)
