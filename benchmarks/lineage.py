@@ -18,7 +18,8 @@ from pathlib import Path
 
 from step import describe_machine, write_model
 
-from partwise.lineage.fingerprint import hash_file, weights_fingerprint
+from partwise.lineage.checksums import sha256
+from partwise.lineage.fingerprint import weights_fingerprint
 from partwise.model.folder import weight_files
 from partwise.model.load import empty_model
 from partwise.tiny import write_tiny
@@ -34,7 +35,7 @@ def main() -> None:
         files, model = weight_files(folder), empty_model(folder)
         cells: dict[str, Callable[[], object]] = {
             "fingerprint": lambda: weights_fingerprint(files, model),
-            "file checksums": lambda: [hash_file(file) for file in files],
+            "file checksums": lambda: [sha256(file) for file in files],
         }
         with out.open("a") as opened:
             for name, run in cells.items():

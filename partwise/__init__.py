@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from partwise.config import load_config as load_config
     from partwise.errors import StoppedError as StoppedError
     from partwise.errors import UserError as UserError
-    from partwise.export.folder import export_run as export_run
+    from partwise.export.folder import ExportOptions as ExportOptions
+    from partwise.export.folder import export_runs as export_runs
     from partwise.model.find import find_parts as find_parts
     from partwise.model.load import load_model as load_model
     from partwise.run import check as check
@@ -39,11 +40,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Imported when first asked for, so that `import partwise` and `partwise --help` stay light.
 _HOMES = {
     "Config": "partwise.config",
+    "ExportOptions": "partwise.export.folder",
     "StoppedError": "partwise.errors",
     "UserError": "partwise.errors",
     "answer": "partwise.serve.chat",
     "check": "partwise.run",
-    "export_run": "partwise.export.folder",
+    "export_runs": "partwise.export.folder",
     "find_parts": "partwise.model.find",
     "load_config": "partwise.config",
     "load_model": "partwise.model.load",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -39,7 +39,6 @@ TrustRemoteCode = Annotated[
 AcceptBase = Annotated[
     bool, typer.Option("--accept-base", help="Go on though the base is not the one an adapter is of.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, as in the config's output.")]
 
 
 def console() -> Console:
@@ -148,16 +147,46 @@ def preview(
 
 @app.command()
 def export(
-    run: RunFolder,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run, model or adapter folders.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into the base weights.")] = False,
+    to: Annotated[
+        Literal["hf", "adapter", "gguf"],
+        typer.Option("--to", help="A whole model, adapters merged; the PEFT adapter; or GGUF files."),
+    ] = "hf",
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="W,W...", help="Shares of several adapters.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option("--dtype", help="Default: the base's.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Largest weight file; default 5GB.")
+    ] = None,
+    verify: Annotated[
+        Literal["sample", "off"],
+        typer.Option("--verify", help="Compare with what was trained in a fresh process, or not."),
+    ] = "sample",
+    converter: Annotated[
+        Path | None, typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, for --to gguf.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    accept_base: AcceptBase = False,
 ) -> None:
-    """Write what a run trained as a folder that other tools load."""
+    """Write what runs trained as a folder that other tools load."""
     with quick_imports():
-        from partwise.export.folder import export_run
+        from partwise.export.folder import ExportOptions, export_runs, parse_weights
 
-    path = export_run(run, out, merge=merge, trust_remote_code=trust_remote_code)
+    options = ExportOptions(
+        to=to,
+        weights=parse_weights(weights),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify == "sample",
+        trust_remote_code=trust_remote_code,
+        accept_base=accept_base,
+        converter=converter,
+    )
+    path = export_runs(runs, out, options, console())
     console().print(f"wrote {path}")
 
 

@@ -14,7 +14,11 @@ from pathlib import Path
 from rich.console import Console
 
 from partwise.config import Config, dump_config
-from partwise.errors import ConfigError, TrainingError
+from partwise.errors import CheckpointError, ConfigError, TrainingError
+from partwise.lineage.publish import replace_folder
+from partwise.lineage.verify import start_verification
+from partwise.model.load import LoadedModel
+from partwise.model.quantize import quantization_of
 from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
 from partwise.preflight.resume import find_start
 from partwise.records import Finding
@@ -23,6 +27,8 @@ from partwise.training.checkpoint import save_final, torn_checkpoints
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
+from partwise.training.probe import probe_examples, take_probe
+from partwise.training.proof import add_to_report
 
 CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
@@ -93,7 +99,28 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
     final = save_final(folder, loaded, job.plan, manifest)
     plot_runs([folder])
     console.print(f"wrote {final}")
+    if config.train.verify == "sample":
+        verify_final(final, job, loaded, console)
     return final
+
+
+def verify_final(final: Path, job: Job, loaded: LoadedModel, console: Console) -> None:
+    """Print what a fresh process says of RUN/final, and add it to the report.
+
+    Raises:
+        CheckpointError: it is not the trained model; it is kept beside, so that the run counts as unfinished.
+    """
+    trust = job.config.model.trust_remote_code
+    probe = take_probe(loaded, probe_examples(job.loader), job.pad_token_id, trust)
+    try:
+        quantization = {str(final): quantization_of(loaded.model, job.plan)}
+        finding = start_verification(final, probe, quantization=quantization).finish()
+    except CheckpointError as error:
+        aside = final.with_name("final-refused")
+        replace_folder(final, aside)
+        raise CheckpointError(f"{error} It stands at {aside} now.") from error
+    add_to_report(final.parent, finding)
+    console.print(finding.message)
 
 
 def refuse_errors(findings: list[Finding], console: Console) -> None:

@@ -83,6 +83,14 @@ def check_parts(parts: PartsConfig) -> Iterator[Fault]:
                     "Remove it, or change the mode.",
                 )
         yield from _check_quantization(part, settings)
+    doubles = {part: s.double_quantization for part, s in named.items() if s.quantization}
+    if len(set(doubles.values())) > 1:
+        part = next(iter(doubles))
+        yield Fault(
+            f"parts.{part}.double_quantization",
+            f"parts.{part}.double_quantization: {show_value(doubles[part])} here and not in all parts: "
+            "transformers opens a model with one value for all. Write the same for each.",
+        )
     adapted = {part: settings for part, settings in named.items() if settings.mode == "lora"}
     for name in _ONE_PER_ADAPTER:
         given = {part: getattr(settings, name) for part, settings in adapted.items()}

@@ -180,3 +180,8 @@ class TrainConfig(Section):
         ge=0,
         description="Checkpoints with the lowest evaluation loss that are kept besides; each is evaluated.",
     )
+    verify: Literal["sample", "off"] = Field(
+        "sample",
+        description="Load what was saved in a fresh process, with plain transformers and PEFT, and compare "
+        "its logits on two rows with the trained model's. Needs memory for the model once more.",
+    )

@@ -59,6 +59,21 @@ def special_tokens(processor: Any) -> tuple[str, ...]:
     return tuple(token.content for token in added if token.special)
 
 
+def end_of_turn(processor: Any) -> int | None:
+    """The id of the special token that the chat template ends an answer with; None where it writes none.
+
+    None also where it cannot write a plain question and its answer: then rows are refused, if they are alike.
+    """
+    chat = (Message("user", (Text("question"),)), Message("assistant", (Text("answer"),)))
+    special = special_tokens(processor)
+    try:
+        text, [(start, end)] = render_answers(processor, chat, "a question and its answer", special)
+    except (ConfigError, DataError):
+        return None
+    marks = [token for token in special if text[start:end].endswith(token)]
+    return tokenizer_of(processor).convert_tokens_to_ids(max(marks, key=len)) if marks else None
+
+
 def render_answers(
     processor: Any, messages: Sequence[Message], row: str, special: tuple[str, ...]
 ) -> tuple[str, list[Span]]:

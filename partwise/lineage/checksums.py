@@ -1,7 +1,7 @@
 """Whether a folder's files are, byte for byte, what was written.
 
 In: a folder. Out: size and SHA-256 of each of its files, which its manifest keeps as `files`, and the faults
-of a folder whose files are not that any more. fingerprint.py only samples; here every byte is read.
+of a folder whose files are not that any more.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from partwise.lineage.manifest import MANIFEST
-
 BLOCK_BYTES = 4 << 20
 NUM_THREADS = 8
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+def list_files(folder: Path, manifest_name: str) -> dict[str, dict[str, Any]]:
     """Name relative to the folder -> {"bytes", "sha256"} of every file in it but the manifest itself."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != manifest_name)
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         digests = threads.map(sha256, paths)
         return {

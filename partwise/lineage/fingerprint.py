@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partwise.lineage.checksums import sha256
 from partwise.model.folder import read_header
 from partwise.model.names import name_finder, part_finder
 
@@ -51,7 +52,7 @@ def weights_fingerprint(files: Sequence[Path], model: PreTrainedModel) -> Finger
         CheckpointError: a file is not whole.
     """
     if any(file.suffix != ".safetensors" for file in files):
-        return Fingerprint({file.name: hash_file(file) for file in files})
+        return Fingerprint({file.name: sha256(file) for file in files})
     part_of, name_of = part_finder(model), name_finder(model)
     entries: dict[str, list[str]] = defaultdict(list)
     for file in files:
@@ -85,12 +86,6 @@ def _hash_tensor(view: memoryview, start: int, tensor: dict) -> str:
     with view[start + first : start + end] as content:
         digest.update(content)
     return digest.hexdigest()
-
-
-def hash_file(file: Path) -> str:
-    """The digest of all bytes of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:

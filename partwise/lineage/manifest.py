@@ -21,7 +21,7 @@ from partwise.records import PartPlan, PartsPlan
 MANIFEST = "partwise.json"
 FORMAT = 2
 # What a record takes over from its folder's manifest.
-RECORDED = ("kind", "step", "created", "data", "weights", "accepted_base", "parents")
+RECORDED = ("kind", "step", "created", "data", "accepted_base", "parents")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -64,7 +64,7 @@ def make_manifest(
         "plan": {part.part: summarize_part(part) for part in plan.parts},
         "dtype": dtype,
         "data": {"files": [str(file) for file in files], "fingerprint": fingerprint_files(files)},
-        "versions": {name: version(name) for name in ("partwise", "torch", "transformers", "peft")},
+        "versions": library_versions(),
     }
 
 
@@ -88,7 +88,15 @@ def told_by(manifest: dict[str, Any]) -> dict[str, Any]:
 def stamp_manifest(manifest: dict[str, Any], step: int, eval_loss: float | None = None) -> dict[str, Any]:
     """The manifest of one checkpoint: the run's, with the steps done, the time (UTC), and a loss if known."""
     measured = {} if eval_loss is None else {"eval_loss": eval_loss}
-    return {**manifest, "step": step, **measured, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**manifest, "step": step, **measured, "created": now()}
+
+
+def library_versions() -> dict[str, str]:
+    return {name: version(name) for name in ("partwise", "torch", "transformers", "peft")}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def summarize_part(part: PartPlan) -> dict[str, Any]:

@@ -84,6 +84,6 @@ def sync(path: Path) -> None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """partwise.json, with the size and checksum of every file that is in the folder now."""
     path = folder / MANIFEST
-    path.write_text(json.dumps({**manifest, "files": list_files(folder)}, indent=2) + "\n")
+    path.write_text(json.dumps({**manifest, "files": list_files(folder, MANIFEST)}, indent=2) + "\n")
     sync(path)
     sync(folder)

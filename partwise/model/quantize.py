@@ -114,6 +114,28 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
+def plain_arguments(model: PreTrainedModel, quantized: Iterable[str], is_double: bool) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig must be told to quantise these layers and no others."""
+    linears = {
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": is_double,
+        "llm_int8_skip_modules": sorted(linears - set(quantized)),
+    }
+
+
+def quantization_of(model: PreTrainedModel, plan: PartsPlan) -> dict[str, Any] | None:
+    """`plain_arguments` of a model in training; None where nothing of it is quantised."""
+    found = [part.quantization for part in plan.parts if part.quantization]
+    names = [name for quantization in found for name in quantization.modules]
+    return plain_arguments(model, names, any(q.is_double for q in found)) if found else None
+
+
 def num_elements(parameter: Tensor) -> int:
     """How many weights a parameter stands for; a packed one holds two in a byte."""
     state = getattr(parameter, "quant_state", None)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from partwise.data.collate import collate
 from partwise.model.head import logit_softcap, token_loss_sum
-from partwise.preflight.probe import measuring
 from partwise.records import IGNORE_INDEX, Batch, Example
+from partwise.training.probe import measuring
 from partwise.training.step import accumulate_loss, model_inputs
 
 

@@ -1,4 +1,4 @@
-"""Micro-batches to probe the model with, and a block that leaves the model as it was.
+"""Micro-batches to probe the model with.
 
 In: a Context. Out: examples and batches of the scanned rows, made as training makes them. Nothing is judged
 here, and nothing is computed on the model.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 from partwise.data.collate import collate
 from partwise.data.rows import row_name
@@ -19,40 +17,10 @@ from partwise.data.scan import ScannedRow, scanned_indices
 from partwise.errors import DataError
 from partwise.preflight.context import Context
 from partwise.records import Batch, Conversation, Example, PartPlan
-from partwise.training.engine import restored_rng
 from partwise.training.job import Job
-from partwise.training.step import eval_mode
 
 # How many rows of text alone may come before the first image, where a part learns from images only.
 SEARCHED_ROWS = 10_000
-
-
-@contextmanager
-def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """A block after which gradients, buffers, modes and random numbers are as before; it starts without
-    gradients. Weights are for the block to leave alone."""
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = {id(module): module.training for module in model.modules()}
-    model.zero_grad(set_to_none=True)
-    try:
-        with restored_rng():
-            yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-        for name, buffer in model.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
-        for module in model.modules():
-            module.training = training[id(module)]
-
-
-@contextmanager
-def measuring(model: torch.nn.Module) -> Iterator[None]:
-    """A block without gradients and dropout."""
-    with torch.no_grad(), untouched(model), eval_mode(model):
-        yield
 
 
 def probe_batches(context: Context) -> list[Batch]:

@@ -31,6 +31,7 @@ FREE_KEYS = (
     "train.save_every",
     "train.keep_last",
     "train.keep_best",
+    "train.verify",
 )
 
 

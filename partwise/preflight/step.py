@@ -20,15 +20,14 @@ from partwise.preflight.context import Context
 from partwise.preflight.probe import (
     examples_at,
     first_batch,
-    measuring,
     num_searched_steps,
     probe_batches,
     reached_by_images,
-    untouched,
     usable_rows,
 )
 from partwise.records import IGNORE_INDEX, Batch, Finding, PartPlan
 from partwise.training.job import Job
+from partwise.training.probe import measuring, untouched
 from partwise.training.step import batch_loss_sum, model_inputs
 
 # How far our loss may be from the one computed from the model's own logits, relative, by weight type.

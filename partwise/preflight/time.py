@@ -18,10 +18,11 @@ import torch
 from partwise.data.collate import collate
 from partwise.data.scan import Scan
 from partwise.preflight.context import Context
-from partwise.preflight.probe import examples_at, measuring, spread, untouched, usable_rows
+from partwise.preflight.probe import examples_at, spread, usable_rows
 from partwise.records import Batch, Finding
 from partwise.tables import format_seconds
 from partwise.training.job import Job
+from partwise.training.probe import measuring, untouched
 from partwise.training.step import accumulate_loss, batch_loss_sum
 
 # Micro-batches that are timed, for how long they are repeated, and how often at the most.

@@ -15,6 +15,7 @@ from partwise.config import Config
 from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
+from partwise.data.template import end_of_turn
 from partwise.errors import ConfigError
 from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import adapter_record, match_base, model_record
@@ -25,6 +26,7 @@ from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
 from partwise.model.quantize import quantize_parts
+from partwise.model.stops import stop_at
 from partwise.records import PartsPlan
 from partwise.training.engine import pick_device, seed_everything
 
@@ -140,6 +142,7 @@ class Job:
     def open_model(self) -> LoadedModel:
         """The model on its device with the plan applied. Adapters start from the config's seed."""
         loaded = load_model(self.config.model)
+        stop_at(loaded.model, end_of_turn(loaded.processor))
         # Before the rest moves, so that the device never holds the quantised layers at full width.
         quantize_parts(loaded.model, self.plan, self.device)
         loaded.model.to(self.device)

@@ -140,7 +140,7 @@ def make_finding(step: int, num_trained: int, num_frozen: int, reasons: dict[str
 
 
 def add_to_report(run_folder: Path, finding: Finding) -> None:
-    """Put the finding at the end of RUN/report.json, in place of one of the same step.
+    """Put the finding at the end of RUN/report.json, in place of one of the same check and step.
 
     Raises:
         TrainingError: the file cannot be written.
@@ -148,9 +148,8 @@ def add_to_report(run_folder: Path, finding: Finding) -> None:
     path = run_folder / REPORT_FILE
     try:
         report = json.loads(path.read_text()) if path.is_file() else []
-        kept = [
-            f for f in report if (f["check"], f["values"].get("step")) != ("proof", finding.values["step"])
-        ]
+        key = (finding.check, finding.values.get("step"))
+        kept = [f for f in report if (f["check"], f["values"].get("step")) != key]
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(json.dumps([*kept, asdict(finding)], indent=2) + "\n")
         partial.replace(path)

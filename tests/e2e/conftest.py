@@ -109,6 +109,7 @@ class Toy:
                 "micro_batch_size": 8,
                 "learning_rate": 3e-3,
                 "adam_betas": [0.9, 0.95],
+                "verify": "off",
             },
             "output": str(folder / "run"),
         }

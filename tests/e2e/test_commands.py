@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 ROOT = Path(__file__).parents[2]
 ASK = """
@@ -42,8 +43,13 @@ def trained(toy, tmp_path_factory):
     import partwise
 
     folder = tmp_path_factory.mktemp("trained")
+    # As in base models, generation stops at the end of a text only: training must add the end of a turn.
+    base = shutil.copytree(toy.base, folder / "base")
+    stops = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**stops, "eos_token_id": 1}))
     config = toy.config(
         folder,
+        model__path=str(base),
         train__steps=90,
         train__warmup_steps=10,
         train__eval_every=45,
@@ -82,6 +88,28 @@ def test_the_run_folder_holds_what_the_docs_say(trained) -> None:
     } <= final
 
 
+def test_generation_stops_at_the_end_of_a_turn(trained, toy) -> None:
+    """Of 20 tokens allowed, an answer takes the word and the mark."""
+    final = trained / "final"
+    processor = AutoProcessor.from_pretrained(final)
+    model = AutoModelForImageTextToText.from_pretrained(final)
+    end = processor.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert model.generation_config.eos_token_id == [1, end]
+    content = [
+        {"type": "image", "image": str(toy.held_out.parent / "images/002.png")},
+        {"type": "text", "text": toy.question},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert output[-1] == end and len(output) < 20
+
+
 def test_chat_answers_about_an_image(trained, toy, run_cli) -> None:
     image = toy.held_out.parent / "images/002.png"
     done = run_cli("chat", trained, "--image", image, "--prompt", toy.question)
@@ -90,12 +118,12 @@ def test_chat_answers_about_an_image(trained, toy, run_cli) -> None:
 
 def test_export_copies_a_full_run_and_never_writes_over_anything(trained, tmp_path, run_cli) -> None:
     out = tmp_path / "model"
-    assert run_cli("export", trained, "--out", out).code == 0
+    assert run_cli("export", trained, "--out", out, "--verify", "off").code == 0
     assert (out / "model.safetensors").read_bytes() == (trained / "final/model.safetensors").read_bytes()
-    again = run_cli("export", trained, "--out", out)
+    again = run_cli("export", trained, "--out", out, "--verify", "off")
     assert again.code == 1 and f"{out} exists already" in again.err
-    merged = run_cli("export", trained, "--out", tmp_path / "merged", "--merge")
-    assert merged.code == 1 and "has no adapter to merge" in merged.err
+    merged = run_cli("export", trained, "--out", tmp_path / "merged", "--to", "adapter")
+    assert merged.code == 1 and "was trained full and has no adapter" in merged.err
     assert not (tmp_path / "merged").exists()
 
 
@@ -110,7 +138,7 @@ def test_a_lora_run_loads_in_peft_and_merges_to_the_same_logits(toy, tmp_path, r
     assert run_cli("train", config).code == 0
     final, merged = tmp_path / "run/final", tmp_path / "merged"
     assert not (final / "model.safetensors").exists()
-    assert run_cli("export", tmp_path / "run", "--out", merged, "--merge").code == 0
+    assert run_cli("export", tmp_path / "run", "--out", merged, "--verify", "off").code == 0
     inputs = {"input_ids": torch.arange(10, 40)[None]}
     base = AutoModelForImageTextToText.from_pretrained(toy.base).eval()
     with torch.no_grad():

@@ -106,7 +106,7 @@ def test_a_full_run_is_a_whole_model(family, toy, rows, tiny_folder, tmp_path, r
     before = logits_of(open_plain(family, base), family, base, rows)
     after = logits_of(open_plain(family, tmp_path / "run/final"), family, tmp_path / "run/final", rows)
     assert (after - before).abs().max() > 1e-2
-    assert run_cli("export", tmp_path / "run", "--out", out).code == 0
+    assert run_cli("export", tmp_path / "run", "--out", out, "--verify", "off").code == 0
     assert torch.equal(logits_of(open_plain(family, out), family, out, rows), after)
 
     # The same from the checkpoint of step 2: a resumed run writes the same bits.
@@ -128,7 +128,7 @@ def test_an_adapter_run_merges_to_a_whole_model(family, toy, rows, tiny_folder, 
     before = logits_of(plain, family, base, rows)
     adapter = logits_of(PeftModel.from_pretrained(plain, final).eval(), family, final, rows)
     assert (adapter - before).abs().max() > 1e-2
-    assert run_cli("export", tmp_path / "run", "--out", out, "--merge").code == 0
+    assert run_cli("export", tmp_path / "run", "--out", out, "--verify", "off").code == 0
     merged = logits_of(open_plain(family, out), family, out, rows)
     torch.testing.assert_close(merged, adapter, atol=1e-5, rtol=1e-5)
 
@@ -152,7 +152,7 @@ def test_a_vision_adapter_merges_to_a_whole_model(toy, rows, tiny_folder, tmp_pa
     before = logits_of(plain, "qwen2.5-vl", base, rows)
     adapter = logits_of(PeftModel.from_pretrained(plain, final).eval(), "qwen2.5-vl", final, rows)
     assert (adapter - before).abs().max() > 1e-4
-    assert run_cli("export", tmp_path / "run", "--out", out, "--merge").code == 0
+    assert run_cli("export", tmp_path / "run", "--out", out, "--verify", "off").code == 0
     merged = open_plain("qwen2.5-vl", out)
     torch.testing.assert_close(logits_of(merged, "qwen2.5-vl", out, rows), adapter, atol=1e-5, rtol=1e-5)
     untouched = open_plain("qwen2.5-vl", base).model.language_model.state_dict()
@@ -168,7 +168,7 @@ def test_an_adapter_finds_its_base_from_another_directory(toy, tmp_path, run_cli
     named = json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(toy.base.resolve())
     monkeypatch.chdir(tmp_path)
-    assert run_cli("export", "run", "--out", "merged", "--merge").code == 0
+    assert run_cli("export", "run", "--out", "merged", "--verify", "off").code == 0
     settings = json.loads((final / "adapter_config.json").read_text()) | {"base_model_name_or_path": "gone/x"}
     (final / "adapter_config.json").write_text(json.dumps(settings))
     lost = run_cli("chat", "run", "--prompt", "x")
@@ -236,7 +236,7 @@ def test_a_quantised_run_resumes_and_merges(family, toy, rows, tiny_folder, tmp_
     before = logits_of(open_plain(family, base), family, base, rows)
     adapter = logits_of(open_adapter(final, "float32").model, family, final, rows)
     assert (adapter - before).abs().max() > 1e-2
-    assert run_cli("export", tmp_path / "run", "--out", out, "--merge").code == 0
+    assert run_cli("export", tmp_path / "run", "--out", out).code == 0
     merged = logits_of(open_plain(family, out), family, out, rows)
     torch.testing.assert_close(merged, adapter, atol=1e-4, rtol=0)
     answers = [

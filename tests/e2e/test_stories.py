@@ -278,6 +278,6 @@ def test_a_full_run_is_the_base_of_a_lora_run_in_a_fresh_process(toy, tmp_path, 
     assert fresh.code == 0, fresh.err
     first = read_metrics(tmp_path / "lora/run")[0]["loss"]
     assert first < read_metrics(tmp_path / "full/run")[0]["loss"] - 0.5  # it goes on from what was learned
-    assert run_cli("export", tmp_path / "lora/run", "--out", merged, "--merge").code == 0
+    assert run_cli("export", tmp_path / "lora/run", "--out", merged).code == 0
     compared = run_python(COMPARE, final, merged)
     assert compared.code == 0 and float(compared.out) > 1e-2, compared

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from partwise.config import ModelConfig
-from partwise.export.adapter import merge_adapter, open_adapter
+from partwise.export.adapter import open_adapter
+from partwise.export.folder import ExportOptions, export_runs
 from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import model_record
 from partwise.model.load import empty_model, load_model
@@ -145,14 +146,15 @@ def inputs_of(tiny):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_equals_adapter_equals_trained(family, trained):
+def test_merged_equals_adapter_equals_trained(family, trained, tmp_path):
     tiny, folder = trained(family)
     inputs = inputs_of(tiny)
     expected = logits(tiny.model, inputs)
     torch.testing.assert_close(
         logits(open_adapter(folder, "float32").model, inputs), expected, rtol=0, atol=1e-6
     )
-    merged = merge_adapter(folder).model
+    out = export_runs([folder], tmp_path / "merged", ExportOptions(verify=False))
+    merged = load_model(ModelConfig(path=str(out), dtype="float32")).model
     assert all(p.dtype == torch.float32 for p in merged.parameters())
     torch.testing.assert_close(logits(merged, inputs), expected, rtol=0, atol=1e-4)
 

@@ -123,7 +123,7 @@ engine: zero3
         "micro_batch_size, learning_rate, learning_rate_schedule, warmup_steps, min_learning_rate_fraction, "
         "weight_decay, adam_betas, adam_eps, optimizer_states, max_grad_norm, gradient_checkpointing, seed, "
         "log_every, eval_every, "
-        "save_every, keep_last, keep_best.",
+        "save_every, keep_last, keep_best, verify.",
         'c.yaml:21: engine: "zero3" shards or copies over several devices; this version trains on one. '
         "Write engine: auto.",
     ]

@@ -1,0 +1,115 @@
+"""What the trained model says about a few of the run's rows, and blocks that leave the model as it was.
+
+In: a loader and a model. Out: a Probe, with which a saved folder is compared in a fresh process
+(lineage/verify.py). The model is the same after it: modes, gradients, buffers and random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from partwise.data.chat import truncate
+from partwise.data.collate import collate
+from partwise.errors import DataError
+from partwise.lineage.reload import logits_of
+from partwise.lineage.verify import InputSide, Probe
+from partwise.records import Dropped, Example, Text
+from partwise.training.engine import restored_rng
+from partwise.training.step import eval_mode, model_inputs
+
+if TYPE_CHECKING:
+    from partwise.data.loader import StepLoader
+    from partwise.model.load import LoadedModel
+    from partwise.records import Conversation
+
+# A probe is two rows, the shortest of the first ones with and without images. Of a row of text alone, and
+# after the last image of another, MAX_TOKENS are kept; NUM_LOGITS positions are compared.
+NUM_CANDIDATES = 64
+MAX_TOKENS = 256
+NUM_LOGITS = 16
+
+
+@contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """A block after which gradients, buffers, modes and random numbers are as before; it starts without
+    gradients. Weights are for the block to leave alone."""
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training = {id(module): module.training for module in model.modules()}
+    model.zero_grad(set_to_none=True)
+    try:
+        with restored_rng():
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name]
+        for name, buffer in model.named_buffers():
+            if not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])
+        for module in model.modules():
+            module.training = training[id(module)]
+
+
+@contextmanager
+def measuring(model: torch.nn.Module) -> Iterator[None]:
+    """A block without gradients and dropout."""
+    with torch.no_grad(), untouched(model), eval_mode(model):
+        yield
+
+
+def probe_examples(loader: StepLoader) -> list[Example]:
+    """The shortest usable row with images and the shortest without, of the run's first rows."""
+    groups: dict[bool, list[Conversation]] = {True: [], False: []}
+    for index in range(min(len(loader.rows), NUM_CANDIDATES)):
+        try:
+            conversation = loader.rows[index]
+        except DataError:  # training says so when it comes to that row
+            continue
+        groups[bool(conversation.images)].append(conversation)
+    found = (first_example(loader, group) for group in groups.values())
+    return [example for example in found if example is not None]
+
+
+def first_example(loader: StepLoader, conversations: Sequence[Conversation]) -> Example | None:
+    for conversation in sorted(conversations, key=num_characters):
+        try:
+            encoded = loader.chat_format.encode(conversation)
+            example = loader.chat_format.fit(encoded)
+        except DataError:
+            continue
+        if not isinstance(example, Dropped):
+            return truncate(example, max(MAX_TOKENS, encoded.images_end))
+    return None
+
+
+def num_characters(conversation: Conversation) -> int:
+    return sum(len(c.text) for m in conversation.messages for c in m.contents if isinstance(c, Text))
+
+
+def take_probe(
+    loaded: LoadedModel, examples: Sequence[Example], pad_token_id: int, trust_remote_code: bool = False
+) -> Probe:
+    """What the model as it is now says about each example alone. The host waits for the device."""
+    model = loaded.model
+    rows, logits = [], []
+    with measuring(model):
+        for example in examples:
+            inputs = model_inputs(model, collate([example], pad_token_id), torch.device("cpu"))
+            row = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            rows.append(row)
+            logits.append(logits_of(model, {**row, "num_logits": torch.tensor(NUM_LOGITS)}))
+    return Probe(
+        rows=tuple(rows),
+        logits=tuple(logits),
+        num_logits=NUM_LOGITS,
+        input_side=InputSide.of(loaded.processor),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        num_weights=model.num_parameters(),
+        attention=model.config._attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
