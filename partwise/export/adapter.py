@@ -15,12 +15,14 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from partwise.config import ModelConfig
+from partwise.data.template import end_of_turn
 from partwise.errors import CheckpointError
 from partwise.lineage.fingerprint import base_fingerprint
 from partwise.lineage.manifest import read_manifest
 from partwise.model.find import shorten as shorten_names
 from partwise.model.folder import as_checkpoint_error, find_model_folder, read_json
 from partwise.model.load import LoadedModel, load_model, load_processor
+from partwise.model.stops import stop_at
 
 
 def is_adapter(folder: Path) -> bool:
@@ -42,6 +44,7 @@ def open_adapter(
     settings = ModelConfig(path=base, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     loaded = load_model(settings, device=device)
     processor = load_processor(str(folder), trust_remote_code)
+    stop_at(loaded.model, end_of_turn(processor))
     model = put_on(loaded.model, folder)
     return LoadedModel(model=model, processor=processor, path=str(folder), name=loaded.name)
 
