@@ -110,8 +110,12 @@ def verify_final(final: Path, job: Job, loaded: LoadedModel, console: Console) -
     Raises:
         CheckpointError: it is not the trained model; it is kept beside, so that the run counts as unfinished.
     """
+    examples = probe_examples(job.loader)
+    if not examples:
+        console.print(f"warning: {final} was not verified: none of the first rows gives an example")
+        return
     trust = job.config.model.trust_remote_code
-    probe = take_probe(loaded, probe_examples(job.loader), job.pad_token_id, trust)
+    probe = take_probe(loaded, examples, job.pad_token_id, trust)
     try:
         quantization = {str(final): quantization_of(loaded.model, job.plan)}
         finding = start_verification(final, probe, quantization=quantization).finish()

@@ -18,6 +18,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from partwise.config import ModelConfig
+from partwise.data.template import end_of_turn
 from partwise.errors import CheckpointError
 from partwise.lineage.manifest import read_manifest
 from partwise.lineage.origin import match_base, model_record
@@ -27,6 +28,7 @@ from partwise.model.folder import as_checkpoint_error, find_model_folder, model_
 from partwise.model.load import LoadedModel, empty_model, load_model, load_processor
 from partwise.model.plan import block_linears
 from partwise.model.quantize import plain_arguments, quantize_linears
+from partwise.model.stops import stop_at
 from partwise.records import Quantization
 
 
@@ -93,6 +95,7 @@ def quantize_again(
 
 def add_adapter(loaded: LoadedModel, folder: Path, trust_remote_code: bool) -> LoadedModel:
     processor = load_processor(str(folder), trust_remote_code)
+    stop_at(loaded.model, end_of_turn(processor))
     model = put_on(loaded.model, folder)
     return LoadedModel(model=model, processor=processor, path=str(folder), name=loaded.name)
 

@@ -7,7 +7,7 @@ In: a loader and a model. Out: a Probe, with which a saved folder is compared in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from partwise.model.load import LoadedModel
     from partwise.records import Conversation
 
-# A probe is two rows, the shortest of the first ones with and without images. Of a row of text alone, and
-# after the last image of another, MAX_TOKENS are kept; NUM_LOGITS positions are compared.
+# Of how many rows the shortest is taken, and among how many an image is searched for. MAX_TOKENS of a row are
+# kept, or all up to its last image; its last NUM_LOGITS positions are compared.
 NUM_CANDIDATES = 64
+SEARCHED_ROWS = 10_000
 MAX_TOKENS = 256
 NUM_LOGITS = 16
 
@@ -62,16 +63,30 @@ def measuring(model: torch.nn.Module) -> Iterator[None]:
 
 
 def probe_examples(loader: StepLoader) -> list[Example]:
-    """The shortest usable row with images and the shortest without, of the run's first rows."""
-    groups: dict[bool, list[Conversation]] = {True: [], False: []}
-    for index in range(min(len(loader.rows), NUM_CANDIDATES)):
-        try:
-            conversation = loader.rows[index]
-        except DataError:  # training says so when it comes to that row
-            continue
-        groups[bool(conversation.images)].append(conversation)
-    found = (first_example(loader, group) for group in groups.values())
-    return [example for example in found if example is not None]
+    """A short usable row with images and a short one without, where the run has them; none if none is usable.
+
+    Of the first rows that have one, it is the shortest; images may be rare, so they are searched for.
+    """
+    takes_images = hasattr(loader.chat_format.processor, "image_processor")
+    found: dict[bool, Example] = {}
+    num_rows = min(len(loader.rows), SEARCHED_ROWS)
+    for start in range(0, num_rows, NUM_CANDIDATES):
+        conversations = read_rows(loader, range(start, min(start + NUM_CANDIDATES, num_rows)))
+        for has_images in {True, False} - found.keys():
+            group = [c for c in conversations if bool(c.images) == has_images]
+            if (example := first_example(loader, group)) is not None:
+                found[has_images] = example
+        if True in found or (found and not takes_images):
+            break
+    return [found[has_images] for has_images in sorted(found)]
+
+
+def read_rows(loader: StepLoader, indices: range) -> list[Conversation]:
+    conversations = []
+    for index in indices:
+        with suppress(DataError):  # training says so when it comes to that row
+            conversations.append(loader.rows[index])
+    return conversations
 
 
 def first_example(loader: StepLoader, conversations: Sequence[Conversation]) -> Example | None:

@@ -21,6 +21,8 @@ from partwise import run as run_module
 from partwise.errors import CheckpointError
 from partwise.lineage.reload import examine
 from partwise.lineage.verify import Probe, judge, start_verification, write_job
+from partwise.training.job import Job
+from partwise.training.probe import probe_examples
 
 LORA = {"mode": "lora", "lora_rank": 4, "learning_rate": 1e-2}
 PARTS = {
@@ -164,6 +166,20 @@ def test_a_final_that_is_not_the_trained_model_is_put_aside(toy, tmp_path, run_c
     resumed = run_cli("train", config, "--resume", "train.verify=off")
     assert resumed.code == 0 and "verified" not in resumed.out, resumed.err
     assert (tmp_path / "run/final/partwise.json").is_file()
+
+
+def test_a_rare_image_is_found_and_long_rows_are_cut(toy, tmp_path, tiny_folder) -> None:
+    """Rows that training drops are no probe; of a long answer the beginning is enough."""
+    text = {"prompt": "Which color has grass?", "completion": "green " * 400}
+    image = json.loads(toy.train.read_text().splitlines()[0])
+    image["images"] = [str(toy.train.parent / name) for name in image["images"]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [text] * 70 + [image])))
+    config = toy.config(tmp_path, data__train=str(tmp_path / "rows.jsonl"), data__max_seq_len=2000)
+    loader = Job(partwise.load_config(config)).loader
+    short, with_image = probe_examples(loader)
+    assert len(short.input_ids) == 256 and not short.media and "pixel_values" in with_image.media
+    strict = partwise.load_config(config, ["data.overlong=drop", "data.max_seq_len=100"])
+    assert [bool(example.media) for example in probe_examples(Job(strict).loader)] == [True]
 
 
 def test_limits_are_those_of_type_and_device(verified) -> None:
