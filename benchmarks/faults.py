@@ -163,7 +163,6 @@ class Trial:
         intact = newest is None or not verify_files(newest, read_manifest(newest) or {})
         self.losses["lost_checkpoints"] += kept < reported or not intact
         self.losses["lost_steps"] += max(0, (reported if done is None else done) - kept)
-        self.losses["repeated_steps"] += max(0, self.last_step("loss") - kept)
 
     def note_error(self, is_clear: bool) -> None:
         self.losses["unclear_errors"] += not is_clear
@@ -326,7 +325,8 @@ def damage(change: Callable[[bytearray], bytearray]) -> Callable[[Trial, Referen
     """
 
     def fault(trial: Trial, reference: Reference) -> bool:
-        if not kill(trial, reference) or len(whole_checkpoints(trial.run)) < 2:
+        met = kill(trial, reference)
+        if not met or trial.is_finished() or len(whole_checkpoints(trial.run)) < 2:
             return False
         older, newest = whole_checkpoints(trial.run)[-2:]
         path = newest / OPTIMIZER_FILE
@@ -362,7 +362,7 @@ FAULTS: dict[str, tuple[Callable[[Trial, Reference], bool], float]] = {
     "truncated file": (damage(truncate), 0.2),
     "flipped bit": (damage(flip_bit), 0.2),
 }
-COUNTS = ("lost_steps", "lost_checkpoints", "other_results", "unclear_errors", "repeated_steps")
+COUNTS = ("lost_steps", "lost_checkpoints", "other_results", "unclear_errors")
 
 
 def run_fault(name: str, times: int, folder: Path, references: dict[str, Reference]) -> dict:
