@@ -41,7 +41,7 @@ from partwise.config import load_config
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import read_manifest
 from partwise.tiny import write_tiny
-from partwise.training.checkpoint import OPTIMIZER_FILE, newest_checkpoint, step_of
+from partwise.training.checkpoint import OPTIMIZER_FILE, newest_checkpoint, step_of, whole_checkpoints
 from partwise.training.metrics import read_metrics
 
 NUM_STEPS = 24
@@ -109,6 +109,7 @@ class Trial:
     pid: int = 0
     first_step: int = 0
     obeys_modes: bool = False
+    removed: set[int] = field(default_factory=set)  # steps of damaged checkpoints that were deleted as told
 
     @property
     def run(self) -> Path:
@@ -145,7 +146,8 @@ class Trial:
 
     def last_step(self, key: str) -> int:
         """The newest step with such a record: "loss" of a step, "checkpoint" of a reported save."""
-        return max((record["step"] for record in read_metrics(self.run) if key in record), default=0)
+        steps = {record["step"] for record in read_metrics(self.run) if key in record}
+        return max(steps - self.removed if key == "checkpoint" else steps, default=0)
 
     def is_finished(self) -> bool:
         return (self.run / "final" / "partwise.json").is_file()
@@ -161,7 +163,11 @@ class Trial:
         intact = newest is None or not verify_files(newest, read_manifest(newest) or {})
         self.losses["lost_checkpoints"] += kept < reported or not intact
         self.losses["lost_steps"] += max(0, (reported if done is None else done) - kept)
-        self.losses["repeated_steps"] += max(0, self.last_step("loss") - kept)
+
+    def note_error(self, is_clear: bool) -> None:
+        self.losses["unclear_errors"] += not is_clear
+        if not is_clear:
+            print(f"not clear: {self.told}", file=sys.stderr)
 
     def finish(self, reference: Reference) -> None:
         """Resume to the end, and compare with the run that was left alone."""
@@ -290,7 +296,7 @@ def fill_disk(trial: Trial, reference: Reference) -> bool:
     resource.prlimit(trial.pid, resource.RLIMIT_FSIZE, (8192, 8192))
     code = trial.wait()
     assert code in (0, 1), trial.told
-    trial.losses["unclear_errors"] += code == 1 and "File too large" not in trial.told
+    trial.note_error(code == 0 or "File too large" in trial.told)
     trial.count_lost()
     return code == 1
 
@@ -306,7 +312,7 @@ def forbid_writing(trial: Trial, reference: Reference) -> bool:
     checkpoints.chmod(0o555)
     code = trial.wait()
     assert code in (0, 1), trial.told
-    trial.losses["unclear_errors"] += code == 1 and "Permission denied" not in trial.told
+    trial.note_error(code == 0 or "Permission denied" in trial.told)
     checkpoints.chmod(0o755)
     trial.count_lost()
     return code == 1
@@ -319,19 +325,18 @@ def damage(change: Callable[[bytearray], bytearray]) -> Callable[[Trial, Referen
     """
 
     def fault(trial: Trial, reference: Reference) -> bool:
-        if not kill(trial, reference) or step_of(newest_checkpoint(trial.run) or trial.run) <= SAVE_EVERY:
+        met = kill(trial, reference)
+        if not met or trial.is_finished() or len(whole_checkpoints(trial.run)) < 2:
             return False
-        newest = newest_checkpoint(trial.run)
-        assert newest
+        older, newest = whole_checkpoints(trial.run)[-2:]
         path = newest / OPTIMIZER_FILE
         path.write_bytes(change(bytearray(path.read_bytes())))
         trial.start()
         code = trial.wait()
-        refused = code == 1 and f"rm -r {newest} && partwise train" in trial.told
-        trial.losses["unclear_errors"] += not refused
+        advice = f"{older} is intact. To go on from there: rm -r {newest} && partwise train"
+        trial.note_error(code == 1 and advice in trial.told)
         shutil.rmtree(newest)
-        older = newest_checkpoint(trial.run)
-        trial.losses["lost_checkpoints"] += older is None or step_of(older) != step_of(newest) - SAVE_EVERY
+        trial.removed.add(step_of(newest))
         return True
 
     return fault
@@ -357,7 +362,7 @@ FAULTS: dict[str, tuple[Callable[[Trial, Reference], bool], float]] = {
     "truncated file": (damage(truncate), 0.2),
     "flipped bit": (damage(flip_bit), 0.2),
 }
-COUNTS = ("lost_steps", "lost_checkpoints", "other_results", "unclear_errors", "repeated_steps")
+COUNTS = ("lost_steps", "lost_checkpoints", "other_results", "unclear_errors")
 
 
 def run_fault(name: str, times: int, folder: Path, references: dict[str, Reference]) -> dict:

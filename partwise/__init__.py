@@ -36,6 +36,8 @@ __version__ = "0.1.0"
 # bitsandbytes, which PEFT imports where it is installed, warns on some CPUs that a kernel for inference there
 # is missing. It is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Where DeepSpeed is installed, PEFT imports it, and on a CPU it says so on stdout, where answers are printed.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator to CPU" not in record.getMessage())
 
 # Imported when first asked for, so that `import partwise` and `partwise --help` stay light.
 _HOMES = {

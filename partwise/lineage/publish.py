@@ -30,7 +30,8 @@ def publish(folder: Path, write: Callable[[Path], None], manifest: dict[str, Any
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         write(partial)
         share_files(partial)

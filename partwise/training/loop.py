@@ -111,11 +111,7 @@ def run_stage(
             metrics = pending.metrics(
                 optimizer.learning_rates(step_data.step), done / loader.steps_per_epoch, device
             )
-            log.write_step(metrics)
-            progress.show_step(metrics)
-            for alarm in watch.see(metrics):
-                log.write_alarm(done, alarm)
-                progress.show_text(f"warning: step {done}: {alarm.message}")
+            tell_step(metrics, watch, log, progress)
             # A long evaluation is given up for a stop signal: the checkpoint matters more.
             eval_loss = evaluate_loss(model, eval_loader, device, stop.__bool__) if evaluates else None
             if eval_loss is not None:
@@ -129,6 +125,14 @@ def run_stage(
                 raise stopped(stop, run_folder, done, num_steps)
             pending = PendingSteps()
     return stamp_manifest(manifest, num_steps)
+
+
+def tell_step(metrics: StepMetrics, watch: Watch, log: MetricsLog, progress: ProgressLine) -> None:
+    log.write_step(metrics)
+    progress.show_step(metrics)
+    for alarm in watch.see(metrics):
+        log.write_alarm(metrics.step, alarm)
+        progress.show_text(f"warning: step {metrics.step}: {alarm.message}")
 
 
 def stopped(stop: StopSignals, run_folder: Path, done: int, num_steps: int) -> StoppedError:

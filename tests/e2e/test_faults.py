@@ -88,6 +88,25 @@ def test_resume_refuses_another_config_and_a_finished_run(toy, tmp_path, run_cli
     assert "log_every" not in changed.err
 
 
+def test_a_run_that_was_moved_with_its_files_goes_on(toy, tmp_path, run_cli) -> None:
+    config = toy.config(tmp_path, train__steps=4, train__save_every=2)
+    assert run_cli("train", config).code == 0
+    run, weights = tmp_path / "moved", (tmp_path / "run/final/model.safetensors").read_bytes()
+    shutil.move(tmp_path / "run", run)
+    for name in ("final", "checkpoints/step-000004"):
+        shutil.rmtree(run / name)
+    base, data = (shutil.copytree(path, tmp_path / path.name) for path in (toy.base, toy.train.parent))
+    moved = (f"model.path={base}", f"data.train={data}/rows.jsonl", f"output={run}")
+    with (data / "rows.jsonl").open("a") as file:
+        file.write("\n")
+    refused = run_cli("train", config, *moved, "--resume")
+    assert refused.code == 1 and "the training data is not the one the run was started with" in refused.err
+    shutil.copy(toy.train, data)
+    resumed = run_cli("train", config, *moved, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert (run / "final/model.safetensors").read_bytes() == weights
+
+
 # Each is (overrides or changes of the toy config, what the message must say).
 BAD_CONFIGS = {
     "wrong key": ({"train__learning_rte": 1e-4}, ["learning_rte", "learning_rate"]),

@@ -133,7 +133,8 @@ def test_a_huge_learning_rate_stops_the_run_before_its_damage_is_saved(toy, tmp_
     told = " ".join(done.err.split())
     assert "step 2: the loss is nan" in told and "It began in vision_tower: model.vision_tower." in told
     assert newest_checkpoint(run) == run / "checkpoints/step-000001"
-    assert {json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()} == {1}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1]
     assert len((run / "bad_batch/rows.jsonl").read_text().splitlines()) == 16
     assert not (run / "final").exists()
 

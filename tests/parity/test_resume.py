@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
 from rich.console import Console
 
 from partwise.data.loader import StepLoader
-from partwise.lineage.manifest import make_manifest
+from partwise.errors import StoppedError
+from partwise.lineage.manifest import make_manifest, read_manifest
 from partwise.training.checkpoint import newest_checkpoint
 from partwise.training.engine import seed_everything
 from partwise.training.loop import run_stage
@@ -27,7 +29,7 @@ CASES = {
 }
 
 
-def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, **train):
+def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, eval_loader=StepLoader, **train):
     """One run over 10 rows in batches of 4, two epochs; the model and the logged records."""
     dtype, parts = CASES[case]
     tiny = open_tiny("gemma3", (1, 0, 2, 0, 1, 1, 0, 1, 0, 1), dtype)
@@ -38,7 +40,8 @@ def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, **train):
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"train": str(run_folder.parent / "rows.jsonl")})}
     )
-    loader = StepLoader(tiny.conversations, tiny.chat_format, 0, 4, 2, seed=0, num_workers=num_workers)
+    data = (tiny.conversations, tiny.chat_format, 0, 4, 2)
+    loader = StepLoader(*data, seed=0, num_workers=num_workers)
     run_folder.mkdir(exist_ok=True)
     # The RNG is in another state here than it was in an uninterrupted run.
     torch.rand(7 if resume_from else 1)
@@ -47,7 +50,7 @@ def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, **train):
         plan,
         config,
         loader,
-        loader if config.train.eval_every else None,
+        eval_loader(*data, seed=0, num_workers=num_workers) if config.train.eval_every else None,
         run_folder,
         STEPS,
         make_manifest(plan, NO_BASE, config.data.train_files, dtype),
@@ -97,3 +100,30 @@ def test_workers_and_evaluations_change_nothing(open_tiny, tmp_path):
     assert [record["step"] for record in evals] == [2, 4, 6]
     assert evals[-1]["eval_loss"] < evals[0]["eval_loss"]
     assert stable([r for r in records if "loss" in r]) == stable(expected_records)
+
+
+class InterruptedLoader(StepLoader):
+    """Sends SIGTERM after the first step's rows, as a scheduler does in the middle of an evaluation."""
+
+    def iterate(self, first_step, last_step):
+        for step_data in super().iterate(first_step, last_step):
+            yield step_data
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_an_evaluation_gives_it_up_and_saves(open_tiny, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match=r"stopped by SIGTERM after step 2 of 6; saved .*/step-000002\. "):
+        run(
+            open_tiny,
+            "fp32 full",
+            tmp_path / "run",
+            save_every=None,
+            eval_every=2,
+            eval_loader=InterruptedLoader,
+        )
+    assert signal.getsignal(signal.SIGTERM) is before
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert not any("eval_loss" in record for record in records)
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest == tmp_path / "run/checkpoints/step-000002" and "eval_loss" not in read_manifest(newest)

@@ -157,6 +157,15 @@ def test_engines_of_several_devices(engine):
             "c.yaml:10: train.eval_every: 5 has no effect: there is no data.eval. Add it, or remove this.",
         ),
         (
+            change("train: {", "train: {save_every: 5, keep_best: 1, "),
+            "c.yaml:10: train.keep_best: 1 has no effect: there is no data.eval. Add it, or remove this.",
+        ),
+        (
+            change("train: {", "train: {keep_best: 1, ").replace("data: {", "data: {eval: b.jsonl, "),
+            "c.yaml:10: train.keep_best: 1 has no effect: there is no train.save_every. Add it, or remove "
+            "this.",
+        ),
+        (
             change("train: {", "train: {learning_rate_schedule: constant, min_learning_rate_fraction: 0.5, "),
             "c.yaml:10: train.min_learning_rate_fraction: 0.5 has no effect: train.learning_rate_schedule is "
             "constant. Remove it, or choose cosine or linear.",

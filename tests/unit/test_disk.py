@@ -31,6 +31,12 @@ def test_a_full_run_holds_the_model_and_each_checkpoint_three_more_copies(job) -
     assert output.estimate_bytes(made.plan, made.config) == 4 * total * 4 + 3 * 12 * trainable
 
 
+def test_the_best_checkpoints_count_too(job) -> None:
+    keys = ("train.save_every=10", "data.eval=rows.jsonl")
+    best, last = job("full", *keys, "train.keep_best=2"), job("full", *keys, "train.keep_last=4")
+    assert output.estimate_bytes(best.plan, best.config) == output.estimate_bytes(last.plan, last.config)
+
+
 def test_an_adapter_run_holds_what_it_trained(job) -> None:
     made = job("lora")
     assert output.estimate_bytes(made.plan, made.config) == 4 * made.plan["language_model"].num_trainable
