@@ -152,7 +152,7 @@ def test_a_process_that_cannot_end_is_a_warning_and_one_can_be_cancelled(verifie
 def test_a_final_that_is_not_the_trained_model_is_put_aside(toy, tmp_path, run_cli, monkeypatch) -> None:
     """The run counts as unfinished then, and goes on from its checkpoint."""
 
-    def damaged(folder, probe):
+    def damaged(folder, probe, **options):
         change_the_projector(folder)
         return start_verification(folder, probe)
 
