@@ -36,9 +36,11 @@ NUM_STEPS = 24  # as many as memory.py's rows are enough for
 MODES = {
     "lora": {"language_model": {"mode": "lora", "lora_rank": 16}},
     "full": {"projector": "full", "language_model": "full"},
+    "upper-third": {"language_model": {"mode": "full", "layers": "-12:"}},
+    "projector": {"projector": "full"},
     "all-full": {"vision_tower": "full", "projector": "full", "language_model": "full"},
 }
-CELLS = ("gemma-3-4b lora", "gemma-3-4b full")
+CELLS = ("gemma-3-4b lora", "gemma-3-4b projector", "gemma-3-4b upper-third", "gemma-3-4b full")
 
 
 def main() -> None:

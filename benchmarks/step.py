@@ -184,8 +184,22 @@ def run_cell(name: str, folder: Path) -> dict:
             statistics.median(line["data_wait_seconds"] for line in measured), 4
         ),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
+        **told_by_report(folder / name),
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
+    }
+
+
+def told_by_report(run: Path) -> dict:
+    """What the check before the run said of its time, and what verifying final/ in a fresh process took."""
+    findings = {
+        finding["check"]: finding["values"] for finding in json.loads((run / "report.json").read_text())
+    }
+    return {
+        "predicted_step_seconds": findings.get("time", {}).get("step_seconds"),
+        "verify_seconds": findings.get("verify", {}).get("seconds"),
+        "verify_relative_error": findings.get("verify", {}).get("relative_error"),
+        "verify_device": findings.get("verify", {}).get("device"),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +70,7 @@ class Saver:
         self.tell = tell
         # Its own processor: a tokenizer that two threads use at once raises "Already borrowed".
         self.loaded = replace(loaded, processor=copy.deepcopy(loaded.processor))
-        self.copies: HostCopies | None = HostCopies()
+        self.copies: HostCopies | None = HostCopies(frozen_views(loaded, plan))
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self.in_flight: Future[Saved] | None = None
 
@@ -140,16 +140,20 @@ class Saver:
 class HostCopies:
     """Memory on the host for one copy of a training state, by name, kept from save to save.
 
-    A GPU copies into pinned memory several times as fast, but pinning takes longer than the copy: hence kept.
+    `frozen` are views of tensors that do not change: they are written later from where they are. A GPU copies
+    into pinned memory several times as fast, but pinning takes longer than the copy: hence kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, frozen: Collection[tuple] = ()) -> None:
+        self.frozen = frozen
         self.buffers: dict[str, Tensor] = {}
 
     def take(self, state: TrainingState) -> TrainingState:
         """The state as it is now, on the host; what shares its memory in `state` does so in the copy."""
         copies = {
-            view: self._buffer(name, tensor).copy_(tensor, non_blocking=True)
+            view: tensor
+            if view in self.frozen
+            else self._buffer(name, tensor).copy_(tensor, non_blocking=True)
             for view, (name, tensor) in distinct_tensors(state).items()
         }
         if any(tensor.is_cuda for tensor in state.model.values()):
@@ -167,8 +171,17 @@ class HostCopies:
 
     def missing_bytes(self, state: TrainingState) -> int:
         """Bytes to allocate before `state` can be copied."""
-        named = distinct_tensors(state).values()
-        return sum(allocated_bytes(tensor) for name, tensor in named if name not in self.buffers)
+        return sum(
+            allocated_bytes(tensor)
+            for view, (name, tensor) in distinct_tensors(state).items()
+            if view not in self.frozen and name not in self.buffers
+        )
+
+
+def frozen_views(loaded: LoadedModel, plan: PartsPlan) -> frozenset[tuple]:
+    """Of the parameters that the plan does not train."""
+    trained = set(plan.trainable)
+    return frozenset(view_of(p.detach()) for n, p in loaded.model.named_parameters() if n not in trained)
 
 
 def distinct_tensors(state: TrainingState) -> dict[tuple, tuple[str, Tensor]]:

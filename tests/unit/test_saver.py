@@ -17,7 +17,7 @@ from partwise.model.parts import apply_plan, resolve_plan
 from partwise.training import saver as saver_module
 from partwise.training.checkpoint import save_checkpoint, training_state
 from partwise.training.optim import Optimizer
-from partwise.training.saver import HostCopies, Saver, distinct_tensors
+from partwise.training.saver import HostCopies, Saver, distinct_tensors, frozen_views
 
 NO_BASE = {"path": "", "fingerprint": "", "parts": {}}
 
@@ -149,6 +149,18 @@ def test_shared_memory_is_copied_once(open_run):
     assert len(copies.buffers) == len(distinct_tensors(state)) < len(state.model) + len(state.optimizer)
     assert copies.missing_bytes(state) == 0
     assert copies.take(state).model[head] is copied.model[head]
+
+
+def test_frozen_weights_are_not_copied_and_all_others_are(open_run):
+    run = open_run()
+    state = training_state(run.loaded, run.plan, run.optimizer)
+    copies = HostCopies(frozen_views(run.loaded, run.plan))
+    copied = copies.take(state)
+    still = {name for name, tensor in copied.model.items() if tensor is state.model[name]}
+    assert still == {name for name in state.model if name.startswith("model.vision_tower.")}
+    assert not still.intersection(copies.buffers) and copies.missing_bytes(state) == 0
+    moved = [copied.model[name] for name in run.plan.trainable]
+    assert moved and not {t.data_ptr() for t in moved} & {t.data_ptr() for t in state.model.values()}
 
 
 def test_one_save_is_in_flight_at_most_and_waiting_counts(open_run, monkeypatch):
