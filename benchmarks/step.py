@@ -216,9 +216,11 @@ def describe_machine() -> dict:
 
 
 def git_commit() -> str:
-    """The commit that is measured; a copy of the tree without its history says so in PARTWISE_COMMIT."""
+    """The commit that is measured; of a copy of the tree without its history, PARTWISE_COMMIT says it."""
+    if commit := os.environ.get("PARTWISE_COMMIT"):
+        return commit
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("PARTWISE_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from partwise import __version__
 from partwise.errors import CheckpointError
 from partwise.lineage.fingerprint import Fingerprint, fingerprint_files
 from partwise.records import PartPlan, PartsPlan
@@ -92,7 +93,7 @@ def stamp_manifest(manifest: dict[str, Any], step: int, eval_loss: float | None 
 
 
 def library_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("partwise", "torch", "transformers", "peft")}
+    return {"partwise": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
 def now() -> str:

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from partwise.errors import CheckpointError
-from partwise.lineage import reload
 from partwise.records import Finding
 
 # The largest difference of logits, as a fraction of their norm. The same weights with the same kernels differ
@@ -32,6 +31,7 @@ from partwise.records import Finding
 LIMITS = {"float32": 1e-4, "bfloat16": 3e-2}
 OTHER_DEVICE_LIMITS = {"float32": 1e-4, "bfloat16": 1e-1}
 
+SCRIPT = Path(__file__).with_name("reload.py")
 SENTENCE = "Which of the 7 things is this? It's a “naïve” 数字, isn't it?\n"
 
 
@@ -105,7 +105,7 @@ def start_verification(
     with output.open("w") as out, errors.open("w") as err:
         # -P: the script's own folder is not searched for modules.
         process = subprocess.Popen(
-            [sys.executable, "-P", reload.__file__, str(job_file)],
+            [sys.executable, "-P", str(SCRIPT), str(job_file)],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

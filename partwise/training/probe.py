@@ -15,7 +15,6 @@ import torch
 from partwise.data.chat import truncate
 from partwise.data.collate import collate
 from partwise.errors import DataError
-from partwise.lineage.reload import logits_of
 from partwise.lineage.verify import InputSide, Probe
 from partwise.records import Dropped, Example, Text
 from partwise.training.engine import restored_rng
@@ -109,6 +108,9 @@ def take_probe(
     loaded: LoadedModel, examples: Sequence[Example], pad_token_id: int, trust_remote_code: bool = False
 ) -> Probe:
     """What the model as it is now says about each example alone. The host waits for the device."""
+    # Imports PEFT, which a check of config and plan need not wait for.
+    from partwise.lineage.reload import logits_of
+
     model = loaded.model
     rows, logits = [], []
     with measuring(model):

@@ -204,7 +204,7 @@ def test_an_unwritable_output_is_named(toy, tmp_path, run_cli) -> None:
 
 
 def start(config: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen:
-    """`partwise train` in a process group of its own, as a terminal starts it."""
+    """`partwise train` in a process group of its own, and with signals as a terminal starts it."""
     return subprocess.Popen(
         [PARTWISE, "train", config, *arguments],
         env=environment,
@@ -212,6 +212,8 @@ def start(config: Path, environment: dict[str, str], *arguments: str) -> subproc
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What a shell starts in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -37,7 +37,8 @@ def test_losses_are_those_of_the_cpu(family, language_model, states, open_tiny):
     assert device.type == "cuda"
     on_gpu = train(open_tiny(family, (1, 0, 2, 1)), parts, device, optimizer_states=states)
     on_cpu = train(open_tiny(family, (1, 0, 2, 1)), parts, torch.device("cpu"), optimizer_states=states)
-    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+    # Of moments in 8 bits some round the other way, where a device's sums differ in the last digit.
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3 if states == "float32" else 5e-3)
     assert on_gpu[-1] < on_gpu[0]
     assert peak_memory_bytes(device) > 0
 
