@@ -215,11 +215,15 @@ def lineage(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the weights of all ancestors that are here, and compare.")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Draw it, too, as a .png or .svg file.")
+    ] = None,
 ) -> None:
     """Print what a folder was made from, as a tree."""
-    from partwise import show
+    with quick_imports():
+        from partwise import show
 
-    show.print_lineage(folder, verify, console())
+    show.print_lineage(folder, verify, picture, console())
 
 
 @app.command()

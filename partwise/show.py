@@ -18,6 +18,7 @@ from partwise.data.rows import row_name
 from partwise.errors import ConfigError, DataError
 from partwise.export.folder import final_folder
 from partwise.lineage.chain import Link, trace_lineage
+from partwise.lineage.picture import draw_lineage
 from partwise.model.load import empty_model
 from partwise.model.parts import parts_table
 from partwise.preflight import CHECKS, MODEL_CHECKS, check_id
@@ -71,14 +72,19 @@ def print_plan(config: Config, console: Console) -> None:
         console.print(line)
 
 
-def print_lineage(folder: Path, verify: bool, console: Console) -> None:
+def print_lineage(folder: Path, verify: bool, picture: Path | None, console: Console) -> None:
     """What a folder was made from, as a tree: the folder first, its oldest ancestors last.
 
     Raises:
         CheckpointError: it is no model, adapter or run folder.
+        ConfigError: the picture cannot be written.
     """
-    for line in lineage_lines(trace_lineage(final_folder(folder), verify)):
+    link = trace_lineage(final_folder(folder), verify)
+    for line in lineage_lines(link):
         console.print(line, soft_wrap=True)
+    if picture:
+        draw_lineage(link, picture)
+        console.print(f"wrote {picture}")
 
 
 def lineage_lines(link: Link, first: str = "", rest: str = "") -> Iterator[Text]:
@@ -103,6 +109,7 @@ def lineage_lines(link: Link, first: str = "", rest: str = "") -> Iterator[Text]
 def lineage_facts(record: dict[str, Any]) -> str:
     """Steps, modes, data, date and what was accepted, as far as the record says."""
     facts = [
+        f"share {record['weight']:g}" if record.get("weight", 1) != 1 else "",
         f"{record['step']} steps" if "step" in record else "",
         ", ".join(f"{part} {mode}" for part, mode in record.get("modes", {}).items() if mode != "frozen"),
         ", ".join(Path(file).name for file in record.get("data", {}).get("files", ())),

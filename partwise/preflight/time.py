@@ -168,8 +168,10 @@ def tokens_per_row(scan: Scan, job: Job) -> float:
 
 
 def measured_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """The mean over the calls of each one's middle time; the first call is made once more before, to warm."""
-    calls[0]()
+    """The mean over the calls of each one's middle time; all are made once more before, to warm: on a GPU
+    the first pass of each shape takes several times as long."""
+    for call in calls:
+        call()
     rounds: list[list[float]] = []
     while not rounds or (sum(map(sum, rounds)) < ENOUGH_SECONDS and len(rounds) < MOST_ROUNDS):
         rounds.append([seconds_of(call, device) for call in calls])
