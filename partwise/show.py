@@ -17,7 +17,7 @@ from partwise.data.preview import preview_example
 from partwise.data.rows import row_name
 from partwise.errors import ConfigError, DataError
 from partwise.export.folder import final_folder
-from partwise.lineage.chain import Link, trace_lineage
+from partwise.lineage.chain import Link, shown_path, trace_lineage
 from partwise.lineage.picture import draw_lineage
 from partwise.model.load import empty_model
 from partwise.model.parts import parts_table
@@ -90,7 +90,7 @@ def print_lineage(folder: Path, verify: bool, picture: Path | None, console: Con
 def lineage_lines(link: Link, first: str = "", rest: str = "") -> Iterator[Text]:
     """Two lines for each folder, ancestors indented below; long ones are not cut, so paths stay whole."""
     record = link.record
-    line = Text.assemble(first, (record["kind"], "bold"), f" {record['path']}")
+    line = Text.assemble(first, (record["kind"], "bold"), f" {shown_path(record['path'])}")
     if fingerprint := record.get("fingerprint"):
         line.append(f" {fingerprint[:12]}", style="dim")
     if link.state != "here":

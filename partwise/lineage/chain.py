@@ -53,6 +53,12 @@ def make_link(record: dict[str, Any], verify: bool) -> Link:
     return Link(record, state_of(record, verify), parents)
 
 
+def shown_path(path: str) -> str:
+    """A recorded path as it is told here: from the working directory, where it lies below that."""
+    folder = Path(path)
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else path
+
+
 def state_of(record: dict[str, Any], verify: bool) -> str:
     folder = Path(record["path"])
     if not folder.is_dir():

@@ -54,10 +54,10 @@ def match_base(adapter: Path, base: dict[str, Any], accept: bool) -> dict[str, A
     differing = Fingerprint(base["parts"]).differing(recorded["parts"])
     if accept:
         return {"recorded": recorded, "differing": differing}
+    names = f"{' and '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
     raise CheckpointError(
-        f"{adapter}: the adapter was trained on another base than what {base['path']} holds now: "
-        f"{', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'} (it was {recorded['path']} "
-        f"with fingerprint {recorded['fingerprint'][:12]}, now it is {base['fingerprint'][:12]}). Put the "
-        "original base back, or say that you accept the other one: --accept-base, or model.accept_base: "
-        "true in a config."
+        f"{adapter}: the adapter was trained on another base than what {base['path']} holds now: {names} "
+        f"(it was {recorded['path']} with fingerprint {recorded['fingerprint'][:12]}, now it is "
+        f"{base['fingerprint'][:12]}). Put the original base back, or say that you accept the other one: "
+        "--accept-base, or model.accept_base: true in a config."
     )

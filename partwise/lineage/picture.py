@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.errors import ConfigError
-from partwise.lineage.chain import Link
+from partwise.lineage.chain import Link, shown_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def box_lines(link: Link) -> list[str]:
     share = f"share {record['weight']:g}" if record.get("weight", 1) != 1 else ""
     state = link.state if link.state != "here" else ""
     return [
-        f"{record['kind']}: {shorten(record['path'])}",
+        f"{record['kind']}: {shorten(shown_path(record['path']))}",
         "; ".join(filter(None, (steps, trained))),
         "; ".join(filter(None, (fingerprint, share, state))),
     ]
