@@ -76,6 +76,10 @@ def test_the_tree_names_every_ancestor_and_sees_a_changed_one(toy, tuned, tmp_pa
         shutil.rmtree(full, ignore_errors=True)
         shutil.move(moved, full)
     assert run_cli("lineage", toy.base).out.strip() == f"model {toy.base}"
+    drawn = run_cli("lineage", adapter, "--picture", tmp_path / "lineage.png")
+    assert drawn.code == 0 and (tmp_path / "lineage.png").read_bytes().startswith(b"\x89PNG")
+    refused = run_cli("lineage", adapter, "--picture", tmp_path / "lineage.txt")
+    assert refused.code == 1 and "Name a .png or .svg file" in refused.err
     nothing = run_cli("lineage", tmp_path)
     assert nothing.code == 1 and "is no model itself" in nothing.err
 

@@ -54,11 +54,12 @@ def test_the_demo_learns_to_look_at_the_image(checkout) -> None:
 
 
 @pytest.mark.timeout(1200)
-def test_every_console_line_of_the_readme_runs(checkout, environment) -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/lineage.md"])
+def test_every_console_line_runs(checkout, environment, name) -> None:
     folder, _ = checkout
-    lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
+    lines = [line for block in blocks(ROOT / name, "console") for line in block.splitlines()]
     commands = [shlex.split(line.removeprefix("$ ")) for line in lines if line.startswith("$ ")]
-    assert len(commands) >= 8
+    assert len(commands) >= 6
     for command in commands:
         done = subprocess.run(
             [BIN / command[0], *command[1:]], cwd=folder, env=environment, capture_output=True, text=True
@@ -77,6 +78,11 @@ def test_the_python_block_of_the_readme_runs(checkout, environment) -> None:
         )
         assert done.returncode == 0, code + done.stderr
         assert "['vision_tower', 'projector', 'language_model']" in done.stdout
+
+
+def test_no_other_page_has_console_lines() -> None:
+    pages = {page.name for page in PAGES if blocks(page, "console")}
+    assert pages == {"README.md", "lineage.md"}, "run them above, too"
 
 
 def test_commands_named_in_running_text_exist() -> None:
