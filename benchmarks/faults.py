@@ -228,6 +228,7 @@ def new_trial(folder: Path, mode: str) -> Trial:
             "learning_rate": 3e-3,
             "warmup_steps": 3,
             "save_every": SAVE_EVERY,
+            "verify": "off",
         },
         "output": str(path / "run"),
     }

@@ -90,15 +90,18 @@ def start_verification(
     limit: float | None = None,
     name: Path | None = None,
     quantization: Mapping[str, dict[str, Any] | None] | None = None,
+    device: str | None = None,
 ) -> Verification:
     """A fresh process that loads the folder and compares; it runs on while the caller does other things.
 
     The folder must stay until `finish`. `reference` is a folder that gives the logits instead of the probe,
     `limit` the largest difference that is allowed, `name` the folder's name to be. `quantization` is, by
-    folder, what BitsAndBytesConfig must be told of a base that was quantised in training.
+    folder, what BitsAndBytesConfig must be told of a base that was quantised in training; `device` where to
+    compute, instead of where the probe was, if there is room.
     """
     scratch = tempfile.TemporaryDirectory(prefix="partwise-verify-")
     job = write_job(Path(scratch.name), folder, probe, reference, quantization)
+    job["device"] = device or probe.device
     job_file = Path(scratch.name) / "job.json"
     job_file.write_text(json.dumps(job))
     output, errors = (Path(scratch.name) / name for name in ("out", "err"))

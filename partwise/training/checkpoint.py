@@ -150,14 +150,16 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     return next(reversed(whole_checkpoints(run_folder)), None)
 
 
-def rotate_checkpoints(run_folder: Path, keep_last: int, keep_best: int = 0) -> None:
+def rotate_checkpoints(
+    run_folder: Path, keep_last: int, keep_best: int = 0, spared: Path | None = None
+) -> None:
     """Delete all but the newest `keep_last` whole checkpoints and the `keep_best` of the lowest evaluation
-    loss, and what torn writes left behind.
+    loss, and what torn writes left behind. `spared` stays this time.
     """
     whole = whole_checkpoints(run_folder)
     losses = {folder: loss for folder in whole if (loss := eval_loss_of(folder)) is not None}
     best = sorted(losses, key=lambda folder: losses[folder])[:keep_best]
-    for folder in [*torn_checkpoints(run_folder), *(set(whole) - {*whole[-keep_last:], *best})]:
+    for folder in [*torn_checkpoints(run_folder), *(set(whole) - {*whole[-keep_last:], *best, spared})]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,16 @@ from rich.console import Console
 from partwise.config import Config
 from partwise.errors import StoppedError
 from partwise.lineage.manifest import stamp_manifest
+from partwise.lineage.verify import Probe
 from partwise.model.parts import set_train_mode, verify_plan
-from partwise.records import PartsPlan, StepData, StepMetrics
-from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, resume_command
+from partwise.model.quantize import quantization_of
+from partwise.records import Example, Finding, PartsPlan, StepData, StepMetrics
+from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, resume_command, step_of
 from partwise.training.engine import peak_memory_bytes, seed_everything
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer
+from partwise.training.probe import probe_examples, take_probe
 from partwise.training.proof import Proof, add_to_report
 from partwise.training.saver import Saver
 from partwise.training.step import (
@@ -36,6 +41,7 @@ from partwise.training.step import (
     train_step,
 )
 from partwise.training.stop import StopSignals
+from partwise.training.verifier import Verifier
 from partwise.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -77,7 +83,16 @@ def run_stage(
     with (
         ProgressLine(num_steps, first_step, console or Console()) as progress,
         StopSignals() as stop,
-        Saver(run_folder, loaded, plan, optimizer, train, log.write_save, progress.show_text) as saver,
+        Saver(
+            run_folder,
+            loaded,
+            plan,
+            optimizer,
+            train,
+            log.write_save,
+            progress.show_text,
+            make_verifier(loaded, plan, config, loader, run_folder, progress),
+        ) as saver,
     ):
         pending = PendingSteps()
         for wait_seconds, step_data in timed(loader.iterate(first_step, num_steps)):
@@ -125,6 +140,32 @@ def run_stage(
                 raise stopped(stop, run_folder, done, num_steps)
             pending = PendingSteps()
     return stamp_manifest(manifest, num_steps)
+
+
+def make_verifier(
+    loaded: LoadedModel,
+    plan: PartsPlan,
+    config: Config,
+    loader: StepLoader,
+    run_folder: Path,
+    progress: ProgressLine,
+) -> Verifier:
+    """Compares checkpoints as the config says; its findings go into report.json and onto the console."""
+
+    def note(finding: Finding) -> None:
+        values = {**finding.values, "step": step_of(Path(finding.values["folder"]))}
+        add_to_report(run_folder, replace(finding, values=values))
+        progress.show_text(f"{Path(finding.values['folder']).name}: {finding.message}")
+
+    @cache
+    def examples() -> list[Example]:
+        return probe_examples(loader)
+
+    def take() -> Probe:
+        return take_probe(loaded, examples(), loader.pad_token_id, config.model.trust_remote_code)
+
+    is_on = config.train.verify == "sample"
+    return Verifier(take if is_on else None, quantization_of(loaded.model, plan), note)
 
 
 def tell_step(metrics: StepMetrics, watch: Watch, log: MetricsLog, progress: ProgressLine) -> None:

@@ -22,11 +22,13 @@ from torch import Tensor
 from partwise.config import TrainConfig
 from partwise.errors import UserError
 from partwise.lineage.manifest import read_manifest
+from partwise.lineage.verify import Probe
 from partwise.records import PartsPlan
 from partwise.tables import format_bytes
 from partwise.training.checkpoint import TrainingState, rotate_checkpoints, save_checkpoint, training_state
 from partwise.training.engine import host_memory_bytes
 from partwise.training.optim import Optimizer
+from partwise.training.verifier import Verifier
 
 if TYPE_CHECKING:
     from partwise.model.load import LoadedModel
@@ -61,6 +63,7 @@ class Saver:
         train: TrainConfig,
         note: Callable[[Saved], None],
         tell: Callable[[str], None],
+        verifier: Verifier | None = None,
     ) -> None:
         self.run_folder = run_folder
         self.plan = plan
@@ -68,6 +71,8 @@ class Saver:
         self.train = train
         self.note = note
         self.tell = tell
+        self.verifier = verifier or Verifier(None, None, lambda finding: None)
+        self.probe: Probe | None = None
         # Its own processor: a tokenizer that two threads use at once raises "Already borrowed".
         self.loaded = replace(loaded, processor=copy.deepcopy(loaded.processor))
         self.copies: HostCopies | None = HostCopies(frozen_views(loaded, plan))
@@ -82,11 +87,15 @@ class Saver:
     ) -> None:
         try:
             self.wait()
+            if kind is None and self.verifier.running:
+                self.verifier.wait()
+                self._rotate()  # what was spared for it
         except UserError as fault:
             if kind is None:
                 raise
             self.tell(f"error: {fault}")  # beside what already ends the run
         finally:
+            self.verifier.cancel()
             self.thread.shutdown()
 
     def save(self, manifest: dict[str, Any]) -> None:
@@ -97,6 +106,7 @@ class Saver:
         """
         start = time.monotonic()
         self.wait()
+        self.probe = self.verifier.take()
         state = training_state(self.loaded, self.plan, self.optimizer)
         if self.copies and not self.copies.fit(state):
             self.tell(
@@ -107,27 +117,41 @@ class Saver:
         if self.copies:
             state = self.copies.take(state)
             stall_seconds = time.monotonic() - start
-            self.in_flight = self.thread.submit(self._write, state, manifest, stall_seconds)
+            spared = self.verifier.folder
+            self.in_flight = self.thread.submit(self._write, state, manifest, stall_seconds, spared)
         else:
-            saved = self._write(state, manifest, stall_seconds=0.0)
-            self.note(replace(saved, stall_seconds=time.monotonic() - start))
+            saved = self._write(state, manifest, 0.0, self.verifier.folder)
+            self._noted(replace(saved, stall_seconds=time.monotonic() - start))
 
     def poll(self) -> None:
-        """Note the save in flight when it is on disk. Raises: TrainingError when it could not be written."""
+        """Note the save in flight when it is on disk, and what came of comparing one.
+
+        Raises:
+            TrainingError: it could not be written.
+            CheckpointError: it is not the trained model.
+        """
         if self.in_flight and self.in_flight.done():
             self.wait()
+        self.verifier.poll()
 
     def wait(self) -> None:
-        """`poll`, once the save in flight has ended."""
+        """Note the save in flight once it has ended. Raises: TrainingError when it could not be written."""
         in_flight, self.in_flight = self.in_flight, None
         if in_flight:
-            self.note(in_flight.result())
+            self._noted(in_flight.result())
 
-    def _write(self, state: TrainingState, manifest: dict[str, Any], stall_seconds: float) -> Saved:
+    def _noted(self, saved: Saved) -> None:
+        self.note(saved)
+        if self.probe:
+            self.verifier.start(saved.folder, self.probe)
+
+    def _write(
+        self, state: TrainingState, manifest: dict[str, Any], stall_seconds: float, spared: Path | None
+    ) -> Saved:
         start = time.monotonic()
         folder = save_checkpoint(self.run_folder, self.loaded, self.plan, state, manifest)
         files = (read_manifest(folder) or {})["files"].values()
-        rotate_checkpoints(self.run_folder, self.train.keep_last, self.train.keep_best)
+        self._rotate(spared)
         return Saved(
             step=manifest["step"],
             folder=folder,
@@ -135,6 +159,9 @@ class Saver:
             stall_seconds=stall_seconds,
             write_seconds=time.monotonic() - start,
         )
+
+    def _rotate(self, spared: Path | None = None) -> None:
+        rotate_checkpoints(self.run_folder, self.train.keep_last, self.train.keep_best, spared)
 
 
 class HostCopies:

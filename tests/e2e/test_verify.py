@@ -21,6 +21,7 @@ from partwise import run as run_module
 from partwise.errors import CheckpointError
 from partwise.lineage.reload import examine
 from partwise.lineage.verify import Probe, judge, start_verification, write_job
+from partwise.training import verifier as verifier_module
 from partwise.training.job import Job
 from partwise.training.probe import probe_examples
 
@@ -193,3 +194,36 @@ def test_limits_are_those_of_type_and_device(verified) -> None:
     for asked, result, error in refused:
         with pytest.raises(CheckpointError, match="differ by"):
             judge(final, asked, {**result, "relative_error": error})
+
+
+def test_checkpoints_are_compared_while_training_goes_on(toy, tmp_path, run_cli) -> None:
+    """The first of the two; the other is taken while that one is still being compared."""
+    settings = {"train__save_every": 2, "train__keep_last": 1, "train__verify": "sample"}
+    config = toy.config(tmp_path, train__steps=4, **settings)
+    done = run_cli("train", config)
+    assert done.code == 0, done.err
+    assert "step-000002: verified in a fresh process: logits differ by" in done.out
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    verified = [f["values"] for f in report if f["check"] == "verify"]
+    assert [values.get("step") for values in verified] == [2, None]
+    assert all(values["relative_error"] < 1e-4 for values in verified)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000004"]
+    # The same weights as without all of it.
+    quiet = toy.config(tmp_path / "quiet", train__steps=4)
+    assert run_cli("train", quiet).code == 0
+    weights = [folder / "run/final/model.safetensors" for folder in (tmp_path, tmp_path / "quiet")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_checkpoint_that_is_not_the_trained_model_ends_the_run(toy, tmp_path, run_cli, monkeypatch) -> None:
+    def damaged(folder, probe, **options):
+        change_the_projector(folder)
+        return start_verification(folder, probe, **options)
+
+    monkeypatch.setattr(verifier_module, "start_verification", damaged)
+    config = toy.config(tmp_path, train__steps=4, train__save_every=2, train__verify="sample")
+    done, checkpoints = run_cli("train", config), tmp_path / "run/checkpoints"
+    assert done.code == 1 and "is not the trained model when a fresh process loads it" in done.err
+    assert f"It stands at {checkpoints}/refused-step-000002 now." in " ".join(done.err.split())
+    assert {path.name for path in checkpoints.iterdir()} == {"refused-step-000002", "step-000004"}
+    assert not (tmp_path / "run/final").exists()

@@ -33,7 +33,14 @@ def run(open_tiny, case, run_folder, num_workers=0, resume_from=None, eval_loade
     """One run over 10 rows in batches of 4, two epochs; the model and the logged records."""
     dtype, parts = CASES[case]
     tiny = open_tiny("gemma3", (1, 0, 2, 0, 1, 1, 0, 1, 0, 1), dtype)
-    settings = {"global_batch_size": 4, "micro_batch_size": 2, "warmup_steps": 2, "save_every": 2, **train}
+    settings = {
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "warmup_steps": 2,
+        "save_every": 2,
+        "verify": "off",
+        **train,
+    }
     seed_everything(0)
     plan, config = tiny.plan(parts, **settings)
     (run_folder.parent / "rows.jsonl").write_text("{}\n")
