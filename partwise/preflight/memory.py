@@ -88,11 +88,21 @@ def describe(footprint: Footprint, config: Config) -> str:
 
 def with_fix(context: Context, finding: Finding, footprint: Footprint, row: RowShape, limit: int) -> Finding:
     """The finding with what would fit, tried in the order of what it costs; each was computed."""
-    fix = rows_fix(context.config, footprint, limit)
+    fix = rows_fix(context.config, footprint, limit) or states_fix(context, row, limit)
     if context.config.parts.settings("language_model"):
         fix = fix or adapter_fix(context, row, limit)
     fix = fix or "Nothing less fits: train fewer parts, lower data.max_seq_len, or take a larger GPU."
     return Finding(finding.check, finding.level, finding.message, finding.where, fix, finding.values)
+
+
+def states_fix(context: Context, row: RowShape, limit: int) -> str:
+    """AdamW's moments in 8 bits; "" where that is not enough, or is so already."""
+    if context.config.train.optimizer_states == "8bit":
+        return ""
+    train = context.config.train.model_copy(update={"optimizer_states": "8bit"})
+    config = context.config.model_copy(update={"train": train})
+    fix = rows_fix(config, config_footprint(context, config, row), limit, always=True)
+    return fix and f"Set train.optimizer_states: 8bit. {fix}"
 
 
 def adapter_fix(context: Context, row: RowShape, limit: int) -> str:

@@ -141,6 +141,22 @@ def test_too_many_rows_for_a_gpu_is_an_error_with_what_fits(job, monkeypatch) ->
     assert "train.micro_batch_size: 3, or train.gradient_checkpointing: true" in finding.fix
 
 
+def test_8_bit_moments_are_advised_before_adapters(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "train.micro_batch_size=1")
+    row = memory.longest_row(Context(made))
+    smaller = job(
+        "gemma3", "{language_model: full}", "train.micro_batch_size=1", "train.optimizer_states=8bit"
+    )
+    limit = footprint(smaller, row).peak_bytes(1, True) / 0.9 + 9
+    assert limit * 0.9 < footprint(made, row).peak_bytes(1, True)
+    finding = error_of(made, monkeypatch, int(limit))
+    assert finding.fix.startswith(
+        "Set train.optimizer_states: 8bit. This would fit: train.gradient_checkpointing"
+    )
+    # Where the moments are so already, there is no such advice to give.
+    assert "optimizer_states" not in error_of(smaller, monkeypatch, int(limit * 0.9)).fix
+
+
 def test_lora_is_advised_only_where_full_does_not_fit(job, monkeypatch) -> None:
     made = job("gemma3", "{language_model: full}", "train.micro_batch_size=1")
     finding = error_of(made, monkeypatch, int(footprint(made).fixed_bytes * 0.7))
