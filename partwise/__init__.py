@@ -16,6 +16,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from partwise.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from partwise.config import Config as Config
     from partwise.config import load_config as load_config
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from partwise.serve.chat import answer as answer
     from partwise.serve.chat import open_chat as open_chat
     from partwise.serve.chat import user_message as user_message
-
-__version__ = "0.1.0"
 
 # bitsandbytes, which PEFT imports where it is installed, warns on some CPUs that a kernel for inference there
 # is missing. It is not used here.

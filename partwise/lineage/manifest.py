@@ -14,10 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from partwise import __version__
 from partwise.errors import CheckpointError
 from partwise.lineage.fingerprint import Fingerprint, fingerprint_files
 from partwise.records import PartPlan, PartsPlan
+from partwise.version import __version__
 
 MANIFEST = "partwise.json"
 FORMAT = 2

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from partwise import __version__
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
@@ -103,6 +105,7 @@ def test_links_between_pages_are_whole() -> None:
 
 def test_pins_cover_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
     pinned = {
         line.split("==")[0].lower().replace("_", "-")
         for line in (ROOT / "constraints.txt").read_text().split()
