@@ -161,8 +161,9 @@ def make_verifier(
     def examples() -> list[Example]:
         return probe_examples(loader)
 
-    def take() -> Probe:
-        return take_probe(loaded, examples(), loader.pad_token_id, config.model.trust_remote_code)
+    def take() -> Probe | None:
+        trust = config.model.trust_remote_code
+        return take_probe(loaded, examples(), loader.pad_token_id, trust) if examples() else None
 
     is_on = config.train.verify == "sample"
     return Verifier(take if is_on else None, quantization_of(loaded.model, plan), note)

@@ -18,14 +18,15 @@ from partwise.records import Finding
 
 
 class Verifier:
-    """`take` gives a Probe of the model as it is now, None for no verification at all; `note` gets findings.
+    """`take` gives a Probe of the model as it is now, where rows allow one; `note` gets the findings.
 
-    The process computes on the CPU: room that a GPU has between two steps is not room to take.
+    Without `take` nothing is compared. The process computes on the CPU: room that a GPU has between two steps
+    is not room to take.
     """
 
     def __init__(
         self,
-        take: Callable[[], Probe] | None,
+        take: Callable[[], Probe | None] | None,
         quantization: dict[str, Any] | None,
         note: Callable[[Finding], None],
     ) -> None:
