@@ -24,6 +24,7 @@ from partwise.export.gguf import find_converter, replace_by_gguf
 from partwise.export.question import question_probe
 from partwise.export.whole import Written, trained_model, write_merged, write_whole
 from partwise.lineage.manifest import read_manifest
+from partwise.lineage.origin import require_whole
 from partwise.lineage.publish import write_manifest
 from partwise.lineage.verify import start_verification
 from partwise.model.folder import is_adapter
@@ -86,6 +87,8 @@ def export_runs(
         raise CheckpointError(f"{out} exists already and is left as it is. Choose another --out.")
     sources = [final_folder(run) for run in runs]
     check_options(sources, options)
+    for source in sources:
+        require_whole(source)
     converter = find_converter(options.converter) if options.to == "gguf" else []
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

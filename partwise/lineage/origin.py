@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.errors import CheckpointError
+from partwise.lineage.checksums import verify_files
 from partwise.lineage.fingerprint import Fingerprint, weights_fingerprint
-from partwise.lineage.manifest import make_record, read_manifest
+from partwise.lineage.manifest import MANIFEST, make_record, read_manifest
 from partwise.model.folder import adapter_file, weight_files
 
 if TYPE_CHECKING:
@@ -37,6 +38,17 @@ def adapter_record(folder: Path, model: PreTrainedModel, base: dict[str, Any]) -
     fingerprint = weights_fingerprint([adapter_file(folder)], model)
     record = make_record(str(folder.resolve()), fingerprint, read_manifest(folder))
     return {"parents": [base], **record, "kind": "adapter"}
+
+
+def require_whole(folder: Path) -> None:
+    """Raises: CheckpointError where the weights of a folder that Partwise wrote are not those it wrote."""
+    manifest = read_manifest(folder) or {}
+    weights = [name for name in manifest.get("files", {}) if name.endswith(".safetensors")]
+    if faults := verify_files(folder, manifest, weights):
+        raise CheckpointError(
+            f"{folder} is damaged: {'; '.join(faults)}. Copy it again. If its weights were changed on "
+            f"purpose, delete {folder / MANIFEST}: it is a model of unknown origin then."
+        )
 
 
 def match_base(adapter: Path, base: dict[str, Any], accept: bool) -> dict[str, Any] | None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from partwise.lineage.origin import require_whole
 from partwise.model.adapter import check_adapter
 from partwise.model.estimate import planned_model
+from partwise.model.folder import find_model_folder
 from partwise.preflight.context import Context
 from partwise.records import Finding
 
 
 def check_lineage(context: Context) -> list[Finding]:
-    """Where base and adapter come from; the adapter fits the plan, and was trained on this base.
+    """Where base and adapter come from; they are whole, and the adapter fits the plan and this base.
 
     Raises:
         CheckpointError: it does not, or was not.
     """
     job, model = context.job, context.config.model
+    for folder in filter(None, (find_model_folder(model.path, with_weights=True), job.adapter)):
+        require_whole(folder)
     if job.adapter is not None:
         check_adapter(planned_model(model, job.plan), job.plan, job.adapter)
     values = {"base": job.base_record["fingerprint"]}

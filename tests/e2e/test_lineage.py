@@ -137,6 +137,24 @@ def test_an_adapter_that_does_not_fit_the_plan_is_told_before_weights_load(
     assert done.code == 1 and all(word in told for word in words), told
 
 
+def test_a_flipped_bit_in_a_base_or_an_adapter_is_found(toy, tuned, tmp_path, run_cli) -> None:
+    full, adapter = tuned
+    parts = {"model__path": str(full), "model__adapter": str(adapter), "parts": LORA}
+    for place, folder, file in (("base", full, "model"), ("adapter", adapter, "adapter_model")):
+        copy = tmp_path / place
+        shutil.copytree(folder, copy)
+        data = bytearray((copy / f"{file}.safetensors").read_bytes())
+        data[-100] ^= 1
+        (copy / f"{file}.safetensors").write_bytes(data)
+        key = "model__path" if place == "base" else "model__adapter"
+        config = toy.config(tmp_path / f"{place}-config", **parts | {key: str(copy)})
+        told = run_cli("check", config, "--only", "lineage")
+        assert told.code == 1 and f"{copy} is damaged: {file}.safetensors has the SHA-256" in told.out
+        exported = run_cli("export", copy, "--out", tmp_path / "out")
+        assert exported.code == 1 and f"{copy} is damaged" in exported.err
+        assert not (tmp_path / "out").exists()
+
+
 def test_folders_in_the_wrong_place_are_told(toy, tuned, tmp_path, run_cli) -> None:
     full, adapter = tuned
     as_model = run_cli("check", toy.config(tmp_path / "a", model__path=str(adapter)))
