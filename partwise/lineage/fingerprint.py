@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partwise.lineage.checksums import sha256
+from partwise.lineage.checksums import BLOCK_BYTES, sha256
 from partwise.model.folder import read_header
 from partwise.model.names import name_finder, part_finder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
