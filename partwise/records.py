@@ -105,12 +105,37 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """What all ranks have together in a step."""
+
+    num_target_tokens: int
+    num_input_tokens: int
+
+
+@dataclass(frozen=True)
 class StepData:
-    """All micro-batches of one optimizer step, and the rows that gave none, counted by reason."""
+    """A rank's micro-batches of one optimizer step, and its rows that gave none, counted by reason.
+
+    `totals` are of all ranks; None where this is the only one.
+    """
 
     step: int
     batches: tuple[Batch, ...]
     dropped: Counter[str] = field(default_factory=Counter)
+    totals: Totals | None = None
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Of all ranks."""
+        return (
+            self.totals.num_target_tokens if self.totals else sum(b.num_target_tokens for b in self.batches)
+        )
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Of all ranks."""
+        mine = sum(batch.num_input_tokens for batch in self.batches)
+        return self.totals.num_input_tokens if self.totals else mine
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from partwise.engine.device import pick_device
 from partwise.errors import CheckpointError
 from partwise.export.adapter import base_path, trained_arguments, trained_quantization
 from partwise.export.gguf import find_converter, replace_by_gguf
@@ -29,7 +30,6 @@ from partwise.lineage.publish import write_manifest
 from partwise.lineage.verify import start_verification
 from partwise.model.folder import is_adapter
 from partwise.model.load import load_processor
-from partwise.training.engine import pick_device
 
 # What rounding the weights may do to logits, as a fraction of their norm; merge.py tells what it took.
 ROUNDED_LIMIT = 1e-1

@@ -10,7 +10,7 @@ Letters: B rows, T tokens, D hidden width, V vocabulary, N target tokens, C rows
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,24 @@ if TYPE_CHECKING:
 
 # Bounds the logits in memory: 1024 rows of a 262,144-token vocabulary are 1 GiB in fp32.
 CHUNK_ROWS = 1024
+
+
+class TokenLoss(nn.Module):
+    """A model as a step runs it: inputs and labels -> summed token loss, everything in one forward.
+
+    What shards a model gathers weights around a module's forward, so the head has to be inside of one.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Any], labels: Tensor | None) -> Tensor:
+        """The scalar loss sum; without labels the model's own logits, (B, T, V)."""
+        if labels is None:
+            return self.model(**inputs).logits
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        return token_loss_sum(hidden, labels, self.model.get_output_embeddings(), logit_softcap(self.model))
 
 
 def token_loss_sum(

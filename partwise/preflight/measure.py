@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from partwise.data.collate import collate
 from partwise.model.head import logit_softcap, token_loss_sum
-from partwise.records import IGNORE_INDEX, Batch, Example
+from partwise.records import IGNORE_INDEX, Batch, Example, StepData
 from partwise.training.probe import measuring
 from partwise.training.step import accumulate_loss, model_inputs
 
@@ -81,7 +81,7 @@ def labels_loss(patient: Patient, hidden: Tensor, labels: Tensor, head: nn.Modul
 def training_loss(patient: Patient) -> float:
     """The loss that a training step over the patient's micro-batches would report, dropout aside."""
     with measuring(patient.model):
-        return accumulate_loss(patient.model, patient.micro_batches, patient.device).item()
+        return accumulate_loss(patient.model, StepData(0, patient.micro_batches), patient.device).item()
 
 
 def kind_losses(patient: Patient) -> dict[str, float]:

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from partwise.config import Config, PartConfig
+from partwise.engine.device import host_memory_bytes
 from partwise.errors import PlanError
 from partwise.model.estimate import Footprint, RowShape, estimate_footprint, planned_model
 from partwise.model.plan import resolve_plan
 from partwise.preflight.context import Context
 from partwise.records import Finding
 from partwise.tables import format_bytes
-from partwise.training.engine import host_memory_bytes
 
 # What the estimate leaves for the CUDA context and the gaps between tensors (docs/memory.md).
 GPU_WARNING_FRACTION = 0.9

@@ -19,7 +19,7 @@ from partwise.data.collate import collate
 from partwise.data.scan import Scan
 from partwise.preflight.context import Context
 from partwise.preflight.probe import examples_at, spread, usable_rows
-from partwise.records import Batch, Finding
+from partwise.records import Batch, Finding, StepData
 from partwise.tables import format_seconds
 from partwise.training.job import Job
 from partwise.training.probe import measuring, untouched
@@ -139,7 +139,7 @@ def time_passes(context: Context) -> Timing:
     usual = job.config.train.micro_batch_size * tokens_per_row(context.train_scan, job)
     scale = usual / mean(batch.num_input_tokens for batch in batches)
     with untouched(model):
-        passes = [partial(accumulate_loss, model, [batch], job.device) for batch in batches]
+        passes = [partial(accumulate_loss, model, StepData(0, (batch,)), job.device) for batch in batches]
         backward = measured_seconds(passes, job.device)
     forward = 0.0
     if job.eval_rows is not None:

@@ -17,13 +17,13 @@ from transformers import TextStreamer
 from partwise.config import ModelConfig
 from partwise.data.chat import prompt_inputs
 from partwise.data.rows import parse_image
+from partwise.engine.device import pick_device
 from partwise.errors import DataError
 from partwise.export.adapter import open_adapter
 from partwise.export.folder import final_folder
 from partwise.model.folder import is_adapter
 from partwise.model.load import LoadedModel, load_model
 from partwise.records import Conversation, Message, Text
-from partwise.training.engine import pick_device
 
 
 def open_chat(

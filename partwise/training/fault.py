@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from partwise.engine.device import seed_everything
 from partwise.errors import TrainingError
 from partwise.records import Batch, Conversation, Image, Message, PartsPlan, StepData
-from partwise.training.engine import seed_everything
 from partwise.training.optim import Optimizer
 from partwise.training.step import NonFiniteError, batch_loss_sum
 

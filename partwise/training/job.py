@@ -16,6 +16,7 @@ from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
 from partwise.data.template import end_of_turn
+from partwise.engine.device import pick_device, seed_everything
 from partwise.errors import ConfigError
 from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import adapter_record, match_base, model_record
@@ -28,7 +29,6 @@ from partwise.model.plan import resolve_plan
 from partwise.model.quantize import quantize_parts
 from partwise.model.stops import stop_at
 from partwise.records import PartsPlan
-from partwise.training.engine import pick_device, seed_everything
 
 if TYPE_CHECKING:
     import torch

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from partwise.config import Config
+from partwise.engine.device import peak_memory_bytes, seed_everything
 from partwise.errors import StoppedError
 from partwise.lineage.manifest import stamp_manifest
 from partwise.lineage.verify import Probe
@@ -25,7 +26,6 @@ from partwise.model.parts import set_train_mode, verify_plan
 from partwise.model.quantize import quantization_of
 from partwise.records import Example, Finding, PartsPlan, StepData, StepMetrics
 from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, resume_command, step_of
-from partwise.training.engine import peak_memory_bytes, seed_everything
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer

@@ -9,12 +9,14 @@ step.py's business, and which parameters train is the plan's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from partwise.config import TrainConfig
+from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, PlanError
 from partwise.records import PartsPlan
 from partwise.training.adamw import STATE_KINDS, PackedAdamW, moments
@@ -30,27 +32,41 @@ class Optimizer:
         PlanError: nothing trains.
     """
 
-    def __init__(self, model: nn.Module, plan: PartsPlan, train: TrainConfig, num_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PartsPlan,
+        train: TrainConfig,
+        num_steps: int,
+        engine: Engine | None = None,
+    ) -> None:
         parameters = dict(model.named_parameters())
+        self.engine = engine or Engine()
         if not plan.trainable:
             raise PlanError("nothing would train: every part is frozen. Set a part's mode to lora or full.")
         self.parameters: dict[str, nn.Parameter] = {name: parameters[name] for name in plan.trainable}
-        self.masters = {name: make_master(parameter) for name, parameter in self.parameters.items()}
         self.names = {part.part: part.trainable for part in plan.parts if part.trainable}
         self.max_grad_norm = train.max_grad_norm
         self.num_steps = num_steps
         self.train = train
-        self.never_reached = set(self.masters)
-        adamw = torch.optim.AdamW if train.optimizer_states == "float32" else PackedAdamW
-        self.adamw = adamw(self._groups(model, plan), betas=train.adam_betas, eps=train.adam_eps, fused=True)
+        self.never_reached = set(self.parameters)
+        self.stopped = torch.zeros((), device=next(iter(self.parameters.values())).device)
+        self.masters, self.adamw = self.engine.make_masters(
+            self.parameters, lambda tensors: self._make_adamw(model, plan, tensors)
+        )
         self.groups = {name: group for group in self.adamw.param_groups for name in group["names"]}
-        self.stopped = torch.zeros((), device=next(iter(self.masters.values())).device)
-        # The fused kernel reads this one from the device and skips its update where it is 1.
-        self.adamw.found_inf = self.stopped
 
-    def _groups(self, model: nn.Module, plan: PartsPlan) -> list[dict]:
+    def _make_adamw(self, model: nn.Module, plan: PartsPlan, tensors: Mapping[str, Tensor]) -> Any:
+        make = torch.optim.AdamW if self.train.optimizer_states == "float32" else PackedAdamW
+        groups = self._groups(model, plan, tensors)
+        adamw = make(groups, betas=self.train.adam_betas, eps=self.train.adam_eps, fused=True)
+        # The fused kernel reads this one from the device and skips its update where it is 1.
+        adamw.found_inf = self.stopped
+        return adamw
+
+    def _groups(self, model: nn.Module, plan: PartsPlan, tensors: Mapping[str, Tensor]) -> list[dict]:
         """Per part one group that decays and one that does not; empty ones are left out."""
-        spared = undecayed_names(model)
+        spared = undecayed_names(model, self.engine)
         groups = []
         for part in plan.parts:
             for decays in (True, False):
@@ -58,7 +74,7 @@ class Optimizer:
                 if names:
                     groups.append(
                         {
-                            "params": [self.masters[name] for name in names],
+                            "params": [tensors[name] for name in names],
                             "names": names,
                             "part": part.part,
                             "peak": part.learning_rate,
@@ -80,31 +96,36 @@ class Optimizer:
         Gradients are gone afterwards. A tensor without gradient is left as it is, moments included; so are
         all when a norm or `loss` (scalar) is not finite, now or at an earlier step.
         """
-        self.never_reached -= {name for name, master in self.masters.items() if master.grad is not None}
-        norms = {part: self._grad_norm(names) for part, names in self.names.items()}
+        self.never_reached -= self.engine.finish_gradients(self.masters)
+        norms = self._grad_norms()
         norm = global_norm(norms.values())
         judged = norm.double() if loss is None else norm.double() + loss
         self.stopped.copy_(torch.maximum(self.stopped, (~judged.isfinite()).float()))
-        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), self.max_grad_norm, norm)
         rates = self.learning_rates(step)
         for group in self.adamw.param_groups:
             group["lr"] = rates[group["part"]]
-        self.adamw.step()
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter and self.masters[name].grad is not None:
-                parameter.copy_(self.masters[name])
-        self.adamw.zero_grad(set_to_none=True)
+        self.engine.update(self.adamw, self.masters, self.max_grad_norm, norm)
+        for name, master in self.masters.items():
+            if master.grad is not None:
+                self.engine.write_weight(self.parameters[name], master)
+                master.grad = None
         return norms
+
+    def _grad_norms(self) -> dict[str, Tensor]:
+        norms = [self._grad_norm(names) for names in self.names.values()]
+        return dict(zip(self.names, self.engine.total_norms(torch.stack(norms)), strict=True))
 
     def _grad_norm(self, names: Iterable[str]) -> Tensor:
         gradients = [self.masters[name].grad for name in names if self.masters[name].grad is not None]
-        if gradients:
-            return torch.nn.utils.get_total_norm(gradients)
-        return torch.zeros((), device=next(iter(self.masters.values())).device)
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(self.stopped)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """AdamW's state of one tensor, as far as it lies on this rank; empty before its first update."""
+        return self.engine.state(self.adamw, name, self.masters[name])
 
     def directions(self, name: str) -> Iterator[Tensor]:
         """What AdamW moved one tensor along in the last step, in pieces: flat, without rate and decay."""
-        state, (beta, beta_sq) = self.adamw.state[self.masters[name]], self.train.adam_betas
+        state, (beta, beta_sq) = self.state(name), self.train.adam_betas
         scale, scale_sq = 1 - beta ** state["step"], (1 - beta_sq ** state["step"]).sqrt()
         for mean, square in moments(state):
             yield mean / square.sqrt().div_(scale_sq).add_(self.train.adam_eps).mul_(scale)
@@ -112,8 +133,8 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that training changed, flat, as "kind/parameter name": masters, moments, step counts."""
         state = {f"master/{name}": master.detach() for name, master in self.masters.items()}
-        for name, master in self.masters.items():
-            for kind, value in self.adamw.state.get(master, {}).items():
+        for name in self.masters:
+            for kind, value in self.state(name).items():
                 state[f"{kind}/{name}"] = value
         return state
 
@@ -149,30 +170,14 @@ class Optimizer:
             )
 
 
-def make_master(parameter: nn.Parameter) -> Tensor:
-    """The tensor that the optimizer updates: the parameter itself, or an fp32 copy of a 16-bit one.
-
-    A copy collects gradients in fp32 as each backward pass makes them, and the 16-bit gradient is freed.
-    """
-    if parameter.dtype.itemsize >= 4:
-        return parameter
-    master = parameter.detach().float()
-
-    def move_gradient(parameter: Tensor) -> None:
-        if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
-            master.grad += parameter.grad
-        parameter.grad = None
-
-    parameter.register_post_accumulate_grad_hook(move_gradient)
-    return master
-
-
-def undecayed_names(model: nn.Module) -> set[str]:
+def undecayed_names(model: nn.Module, engine: Engine) -> set[str]:
     """Names of the parameters without weight decay: norms, biases and embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return {name for name, p in model.named_parameters() if p.ndim <= 1 or id(p) in embeddings}
+    return {
+        name
+        for name, p in model.named_parameters()
+        if id(p) in embeddings or len(engine.stretch(name, p).shape) <= 1
+    }
 
 
 def global_norm(norms: Iterable[Tensor]) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 
 from partwise.data.chat import truncate
 from partwise.data.collate import collate
+from partwise.engine.device import restored_rng
 from partwise.errors import DataError
 from partwise.lineage.verify import InputSide, Probe
 from partwise.records import Dropped, Example, Text
-from partwise.training.engine import restored_rng
 from partwise.training.step import eval_mode, model_inputs
 
 if TYPE_CHECKING:

@@ -105,8 +105,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def reason_to_stand(optimizer: Optimizer, name: str) -> str:
     """Why a master may be as it was; "" where there is no reason."""
-    master = optimizer.masters[name]
-    state = optimizer.adamw.state.get(master)
+    master, state = optimizer.masters[name], optimizer.state(name)
     if name in optimizer.never_reached:
         return UNREACHED
     if not state:

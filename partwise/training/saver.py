@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from partwise.config import TrainConfig
+from partwise.engine.device import host_memory_bytes
 from partwise.errors import UserError
 from partwise.lineage.manifest import read_manifest
 from partwise.lineage.verify import Probe
 from partwise.records import PartsPlan
 from partwise.tables import format_bytes
 from partwise.training.checkpoint import TrainingState, rotate_checkpoints, save_checkpoint, training_state
-from partwise.training.engine import host_memory_bytes
 from partwise.training.optim import Optimizer
 from partwise.training.verifier import Verifier
 

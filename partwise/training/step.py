@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from partwise.engine.single import Engine
 from partwise.errors import TrainingError
-from partwise.model.head import logit_softcap, token_loss_sum
 from partwise.records import Batch, StepData
 from partwise.training.optim import Optimizer
 from partwise.training.watch import Observed, observe_gradients, observe_update
@@ -76,7 +76,7 @@ def train_step(
     Raises:
         TrainingError: a tensor of a part that this step must reach has never had a gradient.
     """
-    total = accumulate_loss(model, step_data.batches, device)
+    total = accumulate_loss(model, step_data, device, optimizer.engine)
     gradients = observe_gradients(optimizer) if observe else None
     norms = optimizer.step(step_data.step, total)
     check_reached(optimizer, step_data)
@@ -85,30 +85,35 @@ def train_step(
         values=torch.stack([total, *(norm.double() for norm in norms.values())]),
         parts=tuple(norms),
         rows=tuple(row for batch in step_data.batches for row in batch.rows),
-        num_input_tokens=sum(batch.num_input_tokens for batch in step_data.batches),
-        num_target_tokens=sum(batch.num_target_tokens for batch in step_data.batches),
+        num_input_tokens=step_data.num_input_tokens,
+        num_target_tokens=step_data.num_target_tokens,
         dropped=step_data.dropped,
         observed=observe_update(optimizer, gradients) if gradients else None,
     )
 
 
-def accumulate_loss(model: PreTrainedModel, batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """Forward and, where there is a graph, backward over micro-batches: the mean over all target tokens."""
-    num_target_tokens = sum(batch.num_target_tokens for batch in batches)
+def accumulate_loss(
+    model: PreTrainedModel, step_data: StepData, device: torch.device, engine: Engine | None = None
+) -> Tensor:
+    """Forward and, where there is a graph, backward over micro-batches: the mean over all target tokens.
+
+    The loss of a rank is its share of the mean: over all ranks, shares and gradients are summed.
+    """
+    engine = engine or Engine()
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in batches:
-        loss = batch_loss_sum(model, batch, device) / num_target_tokens
-        # Text-only rows have no graph when only the vision side trains.
-        if loss.grad_fn is not None:
-            loss.backward()
+    for batch in step_data.batches:
+        loss = batch_loss_sum(model, batch, device, engine) / step_data.num_target_tokens
+        engine.backward(loss)
         total += loss.detach()
-    return total
+    return engine.ranks.sum(total)
 
 
-def batch_loss_sum(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+def batch_loss_sum(
+    model: PreTrainedModel, batch: Batch, device: torch.device, engine: Engine | None = None
+) -> Tensor:
     """Summed token loss of one micro-batch: scalar on the device, with its graph."""
-    hidden = model.base_model(**model_inputs(model, batch, device)).last_hidden_state
-    return token_loss_sum(hidden, batch.labels, model.get_output_embeddings(), logit_softcap(model))
+    inputs = model_inputs(model, batch, device)
+    return (engine or Engine()).loss_sum(model, inputs, batch.labels)
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -> dict[str, Any]:

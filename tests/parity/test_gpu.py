@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from partwise.engine.device import peak_memory_bytes, pick_device
 from partwise.model.head import token_loss_sum
 from partwise.model.quantize import dequantized, quantize_linear
-from partwise.training.engine import peak_memory_bytes, pick_device
 from partwise.training.optim import Optimizer
 from partwise.training.step import model_inputs, read_outcomes, train_step
 

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 from partwise.data.loader import StepLoader
+from partwise.engine.device import seed_everything
 from partwise.errors import StoppedError
 from partwise.lineage.manifest import make_manifest, read_manifest
 from partwise.training.checkpoint import newest_checkpoint
-from partwise.training.engine import seed_everything
 from partwise.training.loop import run_stage
 
 STEPS = 6

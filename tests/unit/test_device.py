@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from partwise.training.engine import group_memory_bytes, host_memory_bytes
+from partwise.engine.device import group_memory_bytes, host_memory_bytes
 
 
 def write_group(folder, limit: str) -> None:

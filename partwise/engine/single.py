@@ -1,0 +1,121 @@
+"""What a step asks of the way in which weights and gradients lie on the ranks.
+
+`Engine` is one process that holds everything; the others override what is different for them. A master is
+what AdamW updates on this rank: a whole tensor, or this rank's shard of one. A shard is always a stretch of
+the flattened tensor, so that a checkpoint of one engine is read by every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from partwise.engine.ranks import Ranks
+from partwise.model.head import TokenLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from partwise.records import PartsPlan, StepData
+
+
+class Stretch(NamedTuple):
+    """Where a shard begins in its flattened tensor, and that tensor's shape."""
+
+    start: int
+    shape: tuple[int, ...]
+
+
+class Engine:
+    """One process. `model` and `plan` are known from `spread` on, in engines that spread."""
+
+    name = "single"
+    shards_weights = False  # whether a rank alone cannot run the model
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+
+    def spread(self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype) -> None:
+        """Put the model, planned and on this rank's device, the way the engine trains it."""
+
+    def align(self, step_data: StepData) -> StepData:
+        """The step's data with what all ranks have together; as many micro-batches as every rank needs."""
+        return step_data
+
+    def loss_sum(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """The summed token loss of one micro-batch, with its graph."""
+        return TokenLoss(model)(inputs, labels)
+
+    def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+        """The model's own logits. Where weights are sharded, all ranks must call it."""
+        return model(**inputs).logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch's share of the loss. Text-only rows have no graph when only the vision
+        side trains."""
+        if loss.grad_fn is not None:
+            loss.backward()
+
+    def make_masters(
+        self, parameters: Mapping[str, nn.Parameter], make_adamw: Callable[[Mapping[str, Tensor]], Any]
+    ) -> tuple[dict[str, Tensor], Any]:
+        """The masters by name, and the AdamW that was made of them."""
+        masters = {name: make_master(parameter) for name, parameter in parameters.items()}
+        return masters, make_adamw(masters)
+
+    def finish_gradients(self, masters: Mapping[str, Tensor]) -> set[str]:
+        """Gradients summed over ranks, in the masters' grad; the names that have one on any rank."""
+        return {name for name, master in masters.items() if master.grad is not None}
+
+    def update(self, adamw: Any, masters: Mapping[str, Tensor], max_grad_norm: float, norm: Tensor) -> None:
+        """Clip by the global norm and update; gradients are gone afterwards."""
+        torch.nn.utils.clip_grads_with_norm_(masters.values(), max_grad_norm, norm)
+        adamw.step()
+
+    def state(self, adamw: Any, name: str, master: Tensor) -> dict[str, Tensor]:
+        """AdamW's state of this rank's shard: step count and moments; empty before the first update."""
+        return adamw.state.get(master, {})
+
+    def stretch(self, name: str, parameter: nn.Parameter) -> Stretch:
+        """Which part of the parameter this rank's master is."""
+        return Stretch(0, tuple(parameter.shape))
+
+    def write_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
+        """Round a master into the weight that the model runs with."""
+        if master is not parameter:
+            parameter.copy_(master)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sums over all shards of what was counted on this rank's, on the device."""
+        return values
+
+    def total_norms(self, norms: Tensor) -> Tensor:
+        """Norms over all shards of what has these norms on this rank's."""
+        return norms
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The numbers of a parameter or buffer that lie on this rank."""
+        return tensor.detach()
+
+
+def make_master(parameter: nn.Parameter) -> Tensor:
+    """The tensor that the optimizer updates: the parameter itself, or an fp32 copy of a 16-bit one.
+
+    A copy collects gradients in fp32 as each backward pass makes them, and the 16-bit gradient is freed.
+    """
+    if parameter.dtype.itemsize >= 4:
+        return parameter
+    master = parameter.detach().float()
+
+    def move_gradient(parameter: Tensor) -> None:
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move_gradient)
+    return master
