@@ -19,7 +19,7 @@ from partwise.model.head import TokenLoss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from partwise.records import PartsPlan, StepData
+    from partwise.records import PartsPlan
 
 
 class Stretch(NamedTuple):
@@ -33,17 +33,21 @@ class Engine:
     """One process. `model` and `plan` are known from `spread` on, in engines that spread."""
 
     name = "single"
+    runs_together = False  # whether all ranks must run the same modules, micro-batch by micro-batch
+    runs_vision = False  # whether the vision side is one of them
     shards_weights = False  # whether a rank alone cannot run the model
+    dtype: torch.dtype | None = None  # that the model runs in, where its weights have another
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks()
 
-    def spread(self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype) -> None:
-        """Put the model, planned and on this rank's device, the way the engine trains it."""
+    def spread(
+        self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Put the model, with its plan applied, the way the engine trains it.
 
-    def align(self, step_data: StepData) -> StepData:
-        """The step's data with what all ranks have together; as many micro-batches as every rank needs."""
-        return step_data
+        Where weights are sharded, rank 0 has them, anywhere, and the others have a model on the meta device.
+        """
 
     def loss_sum(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         """The summed token loss of one micro-batch, with its graph."""
@@ -53,9 +57,11 @@ class Engine:
         """The model's own logits. Where weights are sharded, all ranks must call it."""
         return model(**inputs).logits
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch's share of the loss. Text-only rows have no graph when only the vision
-        side trains."""
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Gradients of one micro-batch's share of the loss; `is_last` of the step.
+
+        Text-only rows have no graph when only the vision side trains.
+        """
         if loss.grad_fn is not None:
             loss.backward()
 
@@ -98,6 +104,10 @@ class Engine:
 
     def local(self, tensor: Tensor) -> Tensor:
         """The numbers of a parameter or buffer that lie on this rank."""
+        return tensor.detach()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The whole parameter or buffer. Where weights are sharded, a copy on the host; all must ask for it."""
         return tensor.detach()
 
 

@@ -101,9 +101,9 @@ def accumulate_loss(
     """
     engine = engine or Engine()
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for batch in step_data.batches:
+    for number, batch in enumerate(step_data.batches, start=1):
         loss = batch_loss_sum(model, batch, device, engine) / step_data.num_target_tokens
-        engine.backward(loss)
+        engine.backward(loss, is_last=number == len(step_data.batches))
         total += loss.detach()
     return engine.ranks.sum(total)
 
@@ -112,12 +112,15 @@ def batch_loss_sum(
     model: PreTrainedModel, batch: Batch, device: torch.device, engine: Engine | None = None
 ) -> Tensor:
     """Summed token loss of one micro-batch: scalar on the device, with its graph."""
-    inputs = model_inputs(model, batch, device)
-    return (engine or Engine()).loss_sum(model, inputs, batch.labels)
+    engine = engine or Engine()
+    return engine.loss_sum(model, model_inputs(model, batch, device, engine.dtype), batch.labels)
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The keyword arguments of the model's forward, on the device; pixels in the model's dtype."""
+def model_inputs(
+    model: PreTrainedModel, batch: Batch, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of the model's forward, on the device; pixels in `dtype`, or the model's."""
+    dtype = dtype or model.dtype
     tensors = {
         "input_ids": batch.input_ids,
         "attention_mask": (batch.document_ids >= 0).long(),
@@ -125,7 +128,7 @@ def model_inputs(model: PreTrainedModel, batch: Batch, device: torch.device) -> 
         **batch.media,
     }
     inputs: dict[str, Any] = {
-        name: tensor.to(device, model.dtype if tensor.is_floating_point() else None, non_blocking=True)
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         for name, tensor in tensors.items()
     }
     return {**inputs, "use_cache": False}

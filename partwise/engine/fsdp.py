@@ -1,0 +1,152 @@
+"""torch's FSDP2: weights, gradients, masters and moments in shards, gathered a layer at a time.
+
+In: on rank 0 the model, on the others the same on the meta device. Each decoder layer is a unit, so is each
+block of a vision tower that trains; embeddings, head and what else remains are the root's. Weights that
+train are held in fp32 and are their own masters; they are gathered in the type of the run and their gradients
+summed in fp32. A vision side that is wholly frozen stays whole on each rank: one without an image skips it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from partwise.engine.receive import Receiver
+from partwise.engine.single import Engine, Stretch
+from partwise.model.find import find_parts
+from partwise.model.head import TokenLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from partwise.records import PartsPlan
+
+
+class Fsdp(Engine):
+    name = "fsdp"
+    runs_together = True
+    shards_weights = True
+
+    def spread(
+        self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype = dtype
+        self.runs_vision = trains_vision(plan)
+        self.mesh = make_mesh(self.ranks.size, self.ranks.local_size, device)
+        receiver = Receiver(model, self.ranks, device)
+        whole = set()
+        for module in [] if self.runs_vision else vision_modules(model):
+            receiver.receive(module)
+            whole |= set(module.parameters())
+        settings: dict[str, Any] = {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+            "ignored_params": whole,
+        }
+        for unit in units(model, self.runs_vision):
+            receiver.receive(unit)
+            widen(unit)
+            fully_shard(unit, **settings)
+        receiver.receive(model)
+        widen(model)
+        self.net = fully_shard(TokenLoss(model), **settings)
+
+    def loss_sum(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        return self._forward(inputs, labels)
+
+    def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+        return self._forward(inputs, None)
+
+    def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> Tensor:
+        result = self.net(inputs, labels)
+        if not torch.is_grad_enabled():
+            self.net.reshard()  # the root waits for a backward pass that does not come
+        return result
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        # Gradients are averaged over ranks, not summed.
+        super().backward(loss * self.ranks.size, is_last)
+
+    def make_masters(
+        self, parameters: Mapping[str, nn.Parameter], make_adamw: Callable[[Mapping[str, Tensor]], Any]
+    ) -> tuple[dict[str, Tensor], Any]:
+        self.parameters = parameters
+        masters = {name: self.local(parameter) for name, parameter in parameters.items()}
+        return masters, make_adamw(masters)
+
+    def finish_gradients(self, masters: Mapping[str, Tensor]) -> set[str]:
+        reached = {name for name, parameter in self.parameters.items() if parameter.grad is not None}
+        for name in reached:
+            masters[name].grad = self.local(self.parameters[name].grad)
+            self.parameters[name].grad = None
+        return reached
+
+    def stretch(self, name: str, parameter: nn.Parameter) -> Stretch:
+        if not isinstance(parameter, DTensor):
+            return super().stretch(name, parameter)
+        _, offsets = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        row = parameter.shape.numel() // max(1, parameter.shape[0])
+        return Stretch(offsets[0] * row, tuple(parameter.shape))
+
+    def write_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
+        """Nothing: the master is the weight's own memory."""
+
+    def total(self, values: Tensor) -> Tensor:
+        return self.ranks.sum(values, self.mesh.get_group(self.mesh.ndim - 1))
+
+    def total_norms(self, norms: Tensor) -> Tensor:
+        return self.total(norms.double() ** 2).sqrt().to(norms.dtype)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if tensor.is_floating_point() and isinstance(tensor, DTensor):
+            whole = whole.to(self.dtype)
+        return whole.cpu()
+
+
+def make_mesh(size: int, local_size: int, device: torch.device) -> DeviceMesh:
+    """Shards within a node, copies across nodes; on one node shards over all ranks."""
+    if local_size < size and size % local_size == 0 and local_size > 1:
+        shape = (size // local_size, local_size)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
+    return init_device_mesh(device.type, (size,), mesh_dim_names=("shards",))
+
+
+def trains_vision(plan: PartsPlan) -> bool:
+    return any(part.trainable for part in plan.parts if part.part != "language_model")
+
+
+def vision_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The modules of towers and projector. A bare parameter of another module stays with that one."""
+    modules = dict(model.named_modules())
+    for part, found in find_parts(model).items():
+        if part != "language_model":
+            yield from (modules[path] for path in found.module_paths if path in modules)
+
+
+def units(model: PreTrainedModel, with_vision: bool) -> Iterator[nn.Module]:
+    """The blocks that are gathered one at a time."""
+    for part, found in find_parts(model).items():
+        if part == "language_model" or with_vision:
+            yield from (model.get_submodule(path) for _, path in found.layers)
+
+
+def widen(module: nn.Module) -> None:
+    """Weights that train in fp32."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()
