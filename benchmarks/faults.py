@@ -41,8 +41,9 @@ from partwise.config import load_config
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import read_manifest
 from partwise.tiny import write_tiny
-from partwise.training.checkpoint import OPTIMIZER_FILE, newest_checkpoint, step_of, whole_checkpoints
+from partwise.training.checkpoint import newest_checkpoint, step_of, whole_checkpoints
 from partwise.training.metrics import read_metrics
+from partwise.training.state import state_file
 
 NUM_STEPS = 24
 SAVE_EVERY = 2
@@ -330,7 +331,7 @@ def damage(change: Callable[[bytearray], bytearray]) -> Callable[[Trial, Referen
         if not met or trial.is_finished() or len(whole_checkpoints(trial.run)) < 2:
             return False
         older, newest = whole_checkpoints(trial.run)[-2:]
-        path = newest / OPTIMIZER_FILE
+        path = newest / state_file()
         path.write_bytes(change(bytearray(path.read_bytes())))
         trial.start()
         code = trial.wait()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 class Fsdp(Engine):
     name = "fsdp"
     runs_together = True
+    shards_masters = True
     shards_weights = True
 
     def spread(

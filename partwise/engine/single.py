@@ -35,6 +35,7 @@ class Engine:
     name = "single"
     runs_together = False  # whether all ranks must run the same modules, micro-batch by micro-batch
     runs_vision = False  # whether the vision side is one of them
+    shards_masters = False  # whether a rank has shards of what AdamW updates
     shards_weights = False  # whether a rank alone cannot run the model
     dtype: torch.dtype | None = None  # that the model runs in, where its weights have another
 
@@ -85,6 +86,10 @@ class Engine:
         """AdamW's state of this rank's shard: step count and moments; empty before the first update."""
         return adamw.state.get(master, {})
 
+    def load_state(self, adamw: Any, name: str, master: Tensor, state: dict[str, Tensor]) -> None:
+        """Put a saved state in the place of AdamW's."""
+        adamw.state[master] = state
+
     def stretch(self, name: str, parameter: nn.Parameter) -> Stretch:
         """Which part of the parameter this rank's master is."""
         return Stretch(0, tuple(parameter.shape))
@@ -107,7 +112,7 @@ class Engine:
         return tensor.detach()
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """The whole parameter or buffer. Where weights are sharded, a copy on the host; all must ask for it."""
+        """The whole parameter or buffer. Where weights are sharded, a copy; all ranks must ask for it."""
         return tensor.detach()
 
 

@@ -8,7 +8,7 @@ which parts of the base were quantised, and the adapter meets the weights that i
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def add_adapter(loaded: LoadedModel, folder: Path, trust_remote_code: bool) -> L
     processor = load_processor(str(folder), trust_remote_code)
     stop_at(loaded.model, end_of_turn(processor))
     model = put_on(loaded.model, folder)
-    return LoadedModel(model=model, processor=processor, path=str(folder), name=loaded.name)
+    return replace(loaded, model=model, processor=processor, path=str(folder))
 
 
 def put_on(model: PreTrainedModel, folder: Path) -> PeftModel:

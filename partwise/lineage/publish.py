@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,52 @@ from partwise.lineage.checksums import list_files
 from partwise.lineage.manifest import MANIFEST
 
 
-def publish(folder: Path, write: Callable[[Path], None], manifest: dict[str, Any]) -> Path:
-    """`folder` as `write` fills it, with the manifest: either all of it appears, on disk, or nothing.
+def partial_of(folder: Path) -> Path:
+    """The temporary name of a folder that is being written."""
+    return folder.with_name(f".{folder.name}.partial")
 
-    Raises:
-        TrainingError: the disk refuses. The temporary folder is gone and an older `folder` untouched.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
+
+def open_partial(folder: Path) -> None:
+    """The empty temporary folder, in place of what a kill left there. Raises: TrainingError."""
+    partial = partial_of(folder)
+    with told(folder):
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        write(partial)
-        share_files(partial)
-        sync_tree(partial)
-        write_manifest(partial, manifest)
-        replace_folder(partial, folder)
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """A block in which a refusal of the disk is a TrainingError."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"cannot write {folder}: {error}. Earlier checkpoints are untouched: "
             "free space or make the folder writable, then resume."
         ) from error
+
+
+def publish(
+    folder: Path, write: Callable[[Path], None], manifest: dict[str, Any], is_open: bool = False
+) -> Path:
+    """`folder` as `write` fills it, with the manifest: either all of it appears, on disk, or nothing.
+
+    `is_open`: the temporary folder was opened before, for several that write into it.
+
+    Raises:
+        TrainingError: the disk refuses. The temporary folder is gone and an older `folder` untouched.
+    """
+    partial = partial_of(folder)
+    if not is_open:
+        open_partial(folder)
+    try:
+        with told(folder):
+            write(partial)
+            share_files(partial)
+            sync_tree(partial)
+            write_manifest(partial, manifest)
+            replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -55,12 +55,14 @@ class LoadedModel:
     """A model with its processor (a tokenizer for text-only models) and the local folder they came from.
 
     `name` is how an adapter finds the model again from anywhere: the hub name, or the absolute folder.
+    `dtype` is the type that it runs in and is saved in; shards of its weights may have another.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin | PreTrainedTokenizerBase
     path: str
     name: str
+    dtype: torch.dtype
 
 
 def load_model_config(path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -154,7 +156,21 @@ def load_model(settings: ModelConfig, device: str | torch.device = "cpu") -> Loa
     config = load_model_config(folder, settings.trust_remote_code)
     processor = load_processor(folder, settings.trust_remote_code, settings.chat_template)
     model = read_model(_auto_class(config, folder), folder, config, settings)
-    return LoadedModel(model.to(device), processor, str(folder), model_name(settings.path))
+    return loaded_model(model.to(device), processor, folder, settings)
+
+
+def load_skeleton(settings: ModelConfig) -> LoadedModel:
+    """The same on the meta device, without reading weights: for a rank that is given its share of them."""
+    folder = find_model_folder(settings.path)
+    processor = load_processor(folder, settings.trust_remote_code, settings.chat_template)
+    model = empty_model(settings.path, settings.trust_remote_code).to(getattr(torch, settings.dtype))
+    model.set_attn_implementation(settings.attention)
+    return loaded_model(model.eval(), processor, folder, settings)
+
+
+def loaded_model(model: Any, processor: Any, folder: Path, settings: ModelConfig) -> LoadedModel:
+    dtype = getattr(torch, settings.dtype)
+    return LoadedModel(model, processor, str(folder), model_name(settings.path), dtype)
 
 
 def _auto_class(config: PreTrainedConfig, folder: Path) -> Any:

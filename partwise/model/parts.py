@@ -30,6 +30,7 @@ __all__ = [
     "PartRow",
     "adapter_config",
     "adapter_state",
+    "adapter_tensors",
     "apply_plan",
     "find_parts",
     "parts_table",
@@ -169,10 +170,15 @@ def _state_names(model: PreTrainedModel, plan: PartsPlan) -> dict[str, str]:
     return names
 
 
-def adapter_state(model: PreTrainedModel, plan: PartsPlan) -> dict[str, torch.Tensor]:
+def adapter_tensors(model: PreTrainedModel, plan: PartsPlan) -> dict[str, torch.Tensor]:
     """The tensors of the adapter file in PEFT's layout: adapters, and modules trained in full whole."""
-    state = model.state_dict()
-    return {key: state[name].detach() for key, name in _state_names(model, plan).items()}
+    state = model.state_dict(keep_vars=True)
+    return {key: state[name] for key, name in _state_names(model, plan).items()}
+
+
+def adapter_state(model: PreTrainedModel, plan: PartsPlan) -> dict[str, torch.Tensor]:
+    """The same without graph."""
+    return {key: tensor.detach() for key, tensor in adapter_tensors(model, plan).items()}
 
 
 @dataclass(frozen=True)

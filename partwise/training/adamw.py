@@ -86,10 +86,15 @@ class PackedAdamW(torch.optim.AdamW):
         )
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether its moments are kept in 8 bits."""
+    return tensor.numel() >= LEAST_CODED and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
 def new_state(tensor: Tensor) -> dict[str, Tensor]:
     """The state of a tensor before its first step."""
     step = torch.zeros((), dtype=torch.float32, device=tensor.device)
-    if tensor.numel() < LEAST_CODED or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+    if not is_packed(tensor):
         return {"step": step, "exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
     state = {"step": step}
     num_blocks = -(-tensor.numel() // CODE_BLOCK)
@@ -123,6 +128,11 @@ def pack(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # A divisor that is rounded to zero would make the next step as long as eps lets it be.
     root_codes.clamp_(min=(root > 0).to(torch.uint8))
     return (*encode(mean, is_signed=True), root_codes, root_scales)
+
+
+def packed_state(mean: Tensor, square: Tensor) -> dict[str, Tensor]:
+    """What is kept of the moments of a whole tensor, by kind."""
+    return dict(zip(PACKED_KINDS, pack(mean, square), strict=True))
 
 
 def unpack(

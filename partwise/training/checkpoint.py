@@ -15,74 +15,107 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from partwise.config import ModelConfig
+from partwise.engine.single import Engine, Stretch
 from partwise.errors import CheckpointError
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import MANIFEST, read_manifest
 from partwise.lineage.publish import publish
-from partwise.model.parts import adapter_config, adapter_state
+from partwise.model.parts import adapter_config, adapter_tensors
 from partwise.model.weights import read_model
 from partwise.records import PartsPlan
 from partwise.training.optim import Optimizer
+from partwise.training.shards import Shards
+from partwise.training.state import SavedState, state_file, state_files, write_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from partwise.model.load import LoadedModel
 
-OPTIMIZER_FILE = "training_state/optimizer.safetensors"
-
 
 class TrainingState(NamedTuple):
     """The tensors of a checkpoint, as their files name them: of the model or adapter, and of the optimizer.
 
-    Tied weights, and fp32 weights that are their own masters, are in it more than once.
+    Tied weights, and fp32 weights that are their own masters, are in it more than once. With several ranks,
+    `optimizer` are one rank's shards and `stretches` say which; the model's are on rank 0 alone.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    stretches: dict[str, Stretch]
 
 
 def training_state(loaded: LoadedModel, plan: PartsPlan, optimizer: Optimizer) -> TrainingState:
-    """The state as it is now; the tensors are those that train, not copies."""
-    return TrainingState(model_state(loaded, plan), optimizer.state_dict())
+    """The state as it is now. All ranks must call it. Only what was gathered from shards is a copy."""
+    model = model_state(loaded, plan, optimizer.engine)
+    return TrainingState(model, optimizer.state_dict(), optimizer.stretches())
 
 
-def model_state(loaded: LoadedModel, plan: PartsPlan) -> dict[str, Tensor]:
+def model_state(loaded: LoadedModel, plan: PartsPlan, engine: Engine | None = None) -> dict[str, Tensor]:
+    """The tensors of the model's or adapter's file; where weights are sharded, gathered on rank 0's host."""
+    engine, state = engine or Engine(), {}
+    for name, tensor in saved_tensors(loaded.model, plan, engine).items():
+        whole = engine.whole(tensor)
+        if engine.ranks.is_first:
+            state[name] = whole
+    return state
+
+
+def saved_tensors(model: PreTrainedModel, plan: PartsPlan, engine: Engine) -> dict[str, Tensor]:
+    """The model's own tensors by their names in the file; those that train where the base has the rest."""
     if plan.has_adapters:
-        return adapter_state(loaded.model, plan)
-    if plan.is_quantized:
-        return {name: loaded.model.get_parameter(name).detach() for name in plan.trainable}
-    return loaded.model.state_dict()
+        return adapter_tensors(model, plan)
+    if plan.is_quantized or engine.shards_weights:
+        return {name: model.get_parameter(name) for name in plan.trainable}
+    return model.state_dict(keep_vars=True)
 
 
 def save_checkpoint(
-    run_folder: Path, loaded: LoadedModel, plan: PartsPlan, state: TrainingState, manifest: dict[str, Any]
+    run_folder: Path,
+    loaded: LoadedModel,
+    plan: PartsPlan,
+    state: TrainingState,
+    manifest: dict[str, Any],
+    shards: Shards | None = None,
 ) -> Path:
     """RUN/checkpoints/step-NNNNNN, whole and on disk; the step is the manifest's.
 
+    With `shards`, the folder was opened before and the other ranks write theirs into it.
+
     Raises:
-        TrainingError: the disk refuses; older checkpoints are as they were.
+        TrainingError: the disk refuses, here or for another rank; older checkpoints are as they were.
     """
 
     def write(folder: Path) -> None:
         write_model(folder, loaded, plan, state.model)
-        (folder / OPTIMIZER_FILE).parent.mkdir()
-        save_file(state.optimizer, folder / OPTIMIZER_FILE)
+        if shards:
+            shards.write(folder, state.optimizer, state.stretches)
+            shards.wait_for_others(folder)
+        else:
+            (folder / state_file()).parent.mkdir()
+            write_state(folder / state_file(), state.optimizer, state.stretches)
 
-    return publish(checkpoint_folder(run_folder, manifest["step"]), write, manifest)
+    path = checkpoint_folder(run_folder, manifest["step"])
+    return publish(path, write, manifest, is_open=shards is not None)
 
 
-def save_final(run_folder: Path, loaded: LoadedModel, plan: PartsPlan, manifest: dict[str, Any]) -> Path:
+def save_final(
+    run_folder: Path,
+    loaded: LoadedModel,
+    plan: PartsPlan,
+    manifest: dict[str, Any],
+    state: dict[str, Tensor] | None = None,
+) -> Path:
     """RUN/final, the same without training state; one that is there already is replaced at once.
 
     Raises:
         TrainingError: the disk refuses; the old one is as it was.
     """
-    return publish(run_folder / "final", lambda folder: write_model(folder, loaded, plan), manifest)
+    return publish(run_folder / "final", lambda folder: write_model(folder, loaded, plan, state), manifest)
 
 
 def load_checkpoint(folder: Path, optimizer: Optimizer, manifest: dict[str, Any]) -> int:
@@ -111,7 +144,7 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, manifest: dict[str, Any]
     if faults := state_faults(folder):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}. {way_out(folder)}")
     try:
-        optimizer.load_state_dict(load_file(folder / OPTIMIZER_FILE))
+        optimizer.load(SavedState([folder / file for file in state_files(folder)]))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return int(saved["step"])
@@ -119,15 +152,17 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, manifest: dict[str, Any]
 
 def state_faults(folder: Path) -> list[str]:
     """What is wrong with the files that resuming reads; empty where nothing is."""
+    files = state_files(folder)
     try:
-        faults = verify_files(folder, read_manifest(folder) or {}, [OPTIMIZER_FILE])
-        if not faults:
-            with safe_open(folder / OPTIMIZER_FILE, "pt"):
-                pass  # the header is sound, also where the manifest lists no checksums
+        faults = verify_files(folder, read_manifest(folder) or {}, files)
     except CheckpointError as error:
         return [str(error)]
-    except (OSError, SafetensorError) as error:
-        return [f"{OPTIMIZER_FILE} cannot be read: {error}"]
+    for file in [] if faults else files:
+        try:
+            with safe_open(folder / file, "pt"):
+                pass  # the header is sound, also where the manifest lists no checksums
+        except (OSError, SafetensorError) as error:
+            faults.append(f"{file} cannot be read: {error}")
     return faults
 
 
@@ -202,7 +237,8 @@ def write_model(
 ) -> None:
     """What other tools load: the model or adapter, the processor or tokenizer, the chat template.
 
-    `state` are the tensors to write where the model's own go on changing, as `model_state` names them.
+    `state` are the tensors to write where the model's own are shards or go on changing, as `model_state`
+    names them.
     """
     state = model_state(loaded, plan) if state is None else state
     if plan.has_adapters:
@@ -212,7 +248,7 @@ def write_model(
             metadata={"format": "pt"},
         )
         adapter_config(plan, loaded.name).save_pretrained(folder)
-    elif plan.is_quantized:
+    elif state.keys() != loaded.model.state_dict().keys():
         with_base_weights(loaded, state).save_pretrained(folder)
     else:
         loaded.model.save_pretrained(folder, state_dict=dict(state))
@@ -222,9 +258,10 @@ def write_model(
 def with_base_weights(loaded: LoadedModel, trained: dict[str, Tensor]) -> PreTrainedModel:
     """The trained tensors in the base as its folder holds it: frozen parts are saved as they were given."""
     model = loaded.model
-    settings = ModelConfig(path=loaded.path, dtype=str(model.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    settings = ModelConfig(path=loaded.path, dtype=str(loaded.dtype).removeprefix("torch."))  # type: ignore[arg-type]
     whole = read_model(type(model), Path(loaded.path), model.config, settings)
     with torch.no_grad():
         for name, tensor in trained.items():
             whole.get_parameter(name).copy_(tensor)
+    whole.generation_config = model.generation_config
     return whole

@@ -9,17 +9,18 @@ step.py's business, and which parameters train is the plan's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from partwise.config import TrainConfig
-from partwise.engine.single import Engine
+from partwise.engine.single import Engine, Stretch
 from partwise.errors import CheckpointError, PlanError
 from partwise.records import PartsPlan
-from partwise.training.adamw import STATE_KINDS, PackedAdamW, moments
+from partwise.training.adamw import PLAIN_KINDS, PackedAdamW, is_packed, moments, packed_state
+from partwise.training.state import MASTER, SavedState
 
 
 class Optimizer:
@@ -131,36 +132,55 @@ class Optimizer:
             yield mean / square.sqrt().div_(scale_sq).add_(self.train.adam_eps).mul_(scale)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that training changed, flat, as "kind/parameter name": masters, moments, step counts."""
-        state = {f"master/{name}": master.detach() for name, master in self.masters.items()}
+        """What training changed on this rank, as "kind/parameter name": masters, moments, step counts."""
+        state = {f"{MASTER}/{name}": master.detach() for name, master in self.masters.items()}
         for name in self.masters:
             for kind, value in self.state(name).items():
                 state[f"{kind}/{name}"] = value
         return state
 
+    def stretches(self) -> dict[str, Stretch]:
+        """Where in its parameter each master lies; empty where all are whole."""
+        if not self.engine.shards_masters:
+            return {}
+        return {name: self.engine.stretch(name, parameter) for name, parameter in self.parameters.items()}
+
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over `state` bit for bit: masters, moments, and the weights as the masters rounded.
+    def load(self, saved: SavedState) -> None:
+        """Take over a saved state: masters, moments, and the weights as the masters rounded.
+
+        Bit for bit, except for moments in 8 bits whose shards were others.
 
         Raises:
             CheckpointError: the state is of other trainable tensors, or of other shapes.
         """
-        self._check_names(state)
+        self._check_names(saved.names)
         for name, master in self.masters.items():
-            saved = state[f"master/{name}"]
-            if saved.shape != master.shape or saved.dtype != master.dtype:
+            stretch = self.engine.stretch(name, self.parameters[name])
+            flat = saved.master(name, stretch.start, master.numel())
+            if saved.shape(name) != stretch.shape or flat.numel() != master.numel():
                 raise CheckpointError(
-                    f"the saved state of {name} is {saved.dtype} {tuple(saved.shape)}, but this run's is "
-                    f"{master.dtype} {tuple(master.shape)}. Resume with the config of the run."
+                    f"the saved state of {name} is {saved.shape(name)}, but this run's is {stretch.shape}. "
+                    "Resume with the config of the run."
                 )
-            master.copy_(saved)
-            self.parameters[name].copy_(master)
-            kept = {kind: state[f"{kind}/{name}"] for kind in STATE_KINDS if f"{kind}/{name}" in state}
-            if kept:
-                self.adamw.state[master] = {k: v.to(master.device, copy=True) for k, v in kept.items()}
+            if flat.numel() and flat.dtype != master.dtype:
+                raise CheckpointError(
+                    f"the saved state of {name} is {flat.dtype}, but this run's is {master.dtype}. Resume "
+                    "with the model.dtype of the run."
+                )
+            master.copy_(flat.view_as(master))
+            self.engine.write_weight(self.parameters[name], master)
+            if state := saved.state(name, stretch.start, master.numel()):
+                self.engine.load_state(self.adamw, name, master, self._fitting(master, state))
 
-    def _check_names(self, state: dict[str, Tensor]) -> None:
-        saved = {key.removeprefix("master/") for key in state if key.startswith("master/")}
+    def _fitting(self, master: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state as this run's AdamW keeps it; saved moments are flat."""
+        state = {kind: value.to(master.device, copy=True) for kind, value in state.items()}
+        if "exp_avg" in state and isinstance(self.adamw, PackedAdamW) and is_packed(master):
+            return {"step": state["step"], **packed_state(state["exp_avg"], state["exp_avg_sq"])}
+        return {kind: v.view_as(master) if kind in PLAIN_KINDS else v for kind, v in state.items()}
+
+    def _check_names(self, saved: Set[str]) -> None:
         missing, unknown = sorted(set(self.masters) - saved), sorted(saved - set(self.masters))
         if missing or unknown:
             raise CheckpointError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,19 @@ from partwise.config import TrainConfig
 from partwise.engine.device import host_memory_bytes
 from partwise.errors import UserError
 from partwise.lineage.manifest import read_manifest
+from partwise.lineage.publish import open_partial, partial_of, told
 from partwise.lineage.verify import Probe
 from partwise.records import PartsPlan
 from partwise.tables import format_bytes
-from partwise.training.checkpoint import TrainingState, rotate_checkpoints, save_checkpoint, training_state
+from partwise.training.checkpoint import (
+    TrainingState,
+    checkpoint_folder,
+    rotate_checkpoints,
+    save_checkpoint,
+    training_state,
+)
 from partwise.training.optim import Optimizer
+from partwise.training.shards import Shards
 from partwise.training.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -75,9 +83,13 @@ class Saver:
         self.probe: Probe | None = None
         # Its own processor: a tokenizer that two threads use at once raises "Already borrowed".
         self.loaded = replace(loaded, processor=copy.deepcopy(loaded.processor))
-        self.copies: HostCopies | None = HostCopies(frozen_views(loaded, plan))
+        self.engine = optimizer.engine
+        frozen = () if self.engine.shards_weights else frozen_views(loaded, plan)
+        self.copies: HostCopies | None = HostCopies(frozen)
+        is_shared = self.engine.shards_masters and self.engine.ranks.size > 1
+        self.shards = Shards(self.engine.ranks) if is_shared else None
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self.in_flight: Future[Saved] | None = None
+        self.in_flight: Future[Saved | None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +97,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self.shards:
+            self.shards.give_up_soon()
         try:
             self.wait()
             if kind is None and self.verifier.running:
@@ -99,7 +113,7 @@ class Saver:
             self.thread.shutdown()
 
     def save(self, manifest: dict[str, Any]) -> None:
-        """Start to save the state as it is now; returns when training may go on.
+        """Start to save the state as it is now; returns when training may go on. All ranks must call it.
 
         Raises:
             TrainingError: the save before could not be written.
@@ -108,6 +122,15 @@ class Saver:
         self.wait()
         self.probe = self.verifier.take()
         state = training_state(self.loaded, self.plan, self.optimizer)
+        ranks = self.engine.ranks
+        if self.shards:
+            if ranks.is_first:
+                open_partial(checkpoint_folder(self.run_folder, manifest["step"]))
+            ranks.barrier()
+        elif not ranks.is_first:
+            return
+        if self.copies and self.engine.shards_weights:
+            self.copies.spare(state.model.values())
         if self.copies and not self.copies.fit(state):
             self.tell(
                 f"checkpoints stall training: a copy of {format_bytes(self.copies.missing_bytes(state))} "
@@ -121,7 +144,7 @@ class Saver:
             self.in_flight = self.thread.submit(self._write, state, manifest, stall_seconds, spared)
         else:
             saved = self._write(state, manifest, 0.0, self.verifier.folder)
-            self._noted(replace(saved, stall_seconds=time.monotonic() - start))
+            self._noted(saved and replace(saved, stall_seconds=time.monotonic() - start))
 
     def poll(self) -> None:
         """Note the save in flight when it is on disk, and what came of comparing one.
@@ -140,16 +163,23 @@ class Saver:
         if in_flight:
             self._noted(in_flight.result())
 
-    def _noted(self, saved: Saved) -> None:
+    def _noted(self, saved: Saved | None) -> None:
+        if saved is None:
+            return  # the first rank notes it
         self.note(saved)
         if self.probe:
             self.verifier.start(saved.folder, self.probe)
 
     def _write(
         self, state: TrainingState, manifest: dict[str, Any], stall_seconds: float, spared: Path | None
-    ) -> Saved:
+    ) -> Saved | None:
         start = time.monotonic()
-        folder = save_checkpoint(self.run_folder, self.loaded, self.plan, state, manifest)
+        if self.shards and not self.engine.ranks.is_first:
+            folder = checkpoint_folder(self.run_folder, manifest["step"])
+            with told(folder):
+                self.shards.write(partial_of(folder), state.optimizer, state.stretches)
+            return None
+        folder = save_checkpoint(self.run_folder, self.loaded, self.plan, state, manifest, self.shards)
         files = (read_manifest(folder) or {})["files"].values()
         self._rotate(spared)
         return Saved(
@@ -175,6 +205,10 @@ class HostCopies:
         self.frozen = frozen
         self.buffers: dict[str, Tensor] = {}
 
+    def spare(self, tensors: Iterable[Tensor]) -> None:
+        """Take these as they are from now on: they are copies already."""
+        self.frozen = frozenset(view_of(tensor) for tensor in tensors)
+
     def take(self, state: TrainingState) -> TrainingState:
         """The state as it is now, on the host; what shares its memory in `state` does so in the copy."""
         copies = {
@@ -185,7 +219,10 @@ class HostCopies:
         }
         if any(tensor.is_cuda for tensor in state.model.values()):
             torch.cuda.synchronize()
-        return TrainingState(*({n: copies[view_of(t)] for n, t in tensors.items()} for tensors in state))
+        model, optimizer = (
+            {n: copies[view_of(t)] for n, t in tensors.items()} for tensors in (state.model, state.optimizer)
+        )
+        return TrainingState(model, optimizer, state.stretches)
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.buffers:
@@ -214,7 +251,7 @@ def frozen_views(loaded: LoadedModel, plan: PartsPlan) -> frozenset[tuple]:
 def distinct_tensors(state: TrainingState) -> dict[tuple, tuple[str, Tensor]]:
     """The tensors of which none is the same memory as another, each with the first of its names."""
     distinct: dict[tuple, tuple[str, Tensor]] = {}
-    for tensors in state:
+    for tensors in (state.model, state.optimizer):
         for name, tensor in tensors.items():
             distinct.setdefault(view_of(tensor), (name, tensor))
     return distinct

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from partwise.records import PartPlan, PartsPlan
 from partwise.training import adamw
 from partwise.training.adamw import PackedAdamW, moments
 from partwise.training.optim import Optimizer
+from partwise.training.state import SavedState, write_state
 
 WIDTH = 96  # 96 x 96 is more than LEAST_CODED elements, and ends inside a block of codes
 
@@ -94,12 +97,13 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, piece: int) -> N
     assert optimizer.adamw.state[optimizer.masters["linear.weight"]]["step"] == 5
 
 
-def test_state_goes_to_another_optimizer_bitwise() -> None:
+def test_state_goes_to_another_optimizer_bitwise(tmp_path: Path) -> None:
     model, optimizer = make()
     run(model, optimizer, 0, 3)
     state = {key: value.clone() for key, value in optimizer.state_dict().items()}
     other, resumed = make()
-    resumed.load_state_dict(state)
+    write_state(tmp_path / "state.safetensors", state, {})
+    resumed.load(SavedState([tmp_path / "state.safetensors"]))
     run(model, optimizer, 3, 8)
     run(other, resumed, 3, 8)
     assert optimizer.state_dict().keys() == resumed.state_dict().keys() == state.keys()

@@ -12,6 +12,7 @@ from partwise.config import TrainConfig
 from partwise.errors import CheckpointError, PlanError
 from partwise.records import PartPlan, PartsPlan
 from partwise.training.optim import Optimizer, learning_rate_factor
+from partwise.training.state import SavedState, write_state
 
 
 class Model(nn.Module):
@@ -173,17 +174,23 @@ def test_a_part_without_gradient_is_left_as_it_is():
     assert optimizer.never_reached == {f"tower.{name}" for name in before}
 
 
+def save_state(folder, state):
+    """What a fresh process would read."""
+    write_state(folder / "state.safetensors", state, {})
+    return SavedState([folder / "state.safetensors"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_goes_to_another_optimizer_bitwise(dtype):
+def test_state_goes_to_another_optimizer_bitwise(dtype, tmp_path):
     model, other = make_model(dtype), make_model(dtype)
     rates = {"vision_tower": 1e-3, "language_model": 1e-2}
     optimizer = Optimizer(model, make_plan(model, **rates), TrainConfig(), 8)
     for step in range(3):
         run_backward(model, step)
         optimizer.step(step)
-    state = {key: value.clone() for key, value in optimizer.state_dict().items()}
+    saved = save_state(tmp_path, optimizer.state_dict())
     resumed = Optimizer(other, make_plan(other, **rates), TrainConfig(), 8)
-    resumed.load_state_dict(state)
+    resumed.load(saved)
     for step in range(3, 8):
         for one, its_optimizer in ((model, optimizer), (other, resumed)):
             run_backward(one, step)
@@ -194,12 +201,12 @@ def test_state_goes_to_another_optimizer_bitwise(dtype):
         assert torch.equal(mine, theirs)
 
 
-def test_state_of_other_parts_is_refused_with_names():
+def test_state_of_other_parts_is_refused_with_names(tmp_path):
     model = make_model()
     state = Optimizer(model, make_plan(model, language_model=1e-3), TrainConfig(), 8).state_dict()
     other = Optimizer(model, make_plan(model, vision_tower=1e-3), TrainConfig(), 8)
     with pytest.raises(CheckpointError) as caught:
-        other.load_state_dict(state)
+        other.load(save_state(tmp_path, state))
     assert str(caught.value) == (
         "the saved state does not fit the plan: 4 tensors that train now are not in it "
         "(tower.0.bias, tower.0.weight, tower.1.bias), 2 in it do not train now "
@@ -207,14 +214,14 @@ def test_state_of_other_parts_is_refused_with_names():
     )
 
 
-def test_state_of_another_shape_is_refused():
+def test_state_of_another_shape_is_refused(tmp_path):
     model = make_model()
     optimizer = Optimizer(model, make_plan(model, language_model=1e-3), TrainConfig(), 8)
     state = {**optimizer.state_dict(), "master/embed.weight": torch.zeros(9, 6)}
     with pytest.raises(CheckpointError) as caught:
-        optimizer.load_state_dict(state)
+        optimizer.load(save_state(tmp_path, state))
     assert str(caught.value) == (
-        "the saved state of embed.weight is torch.float32 (9, 6), but this run's is torch.float32 (5, 6). "
+        "the saved state of embed.weight is (9, 6), but this run's is (5, 6). "
         "Resume with the config of the run."
     )
 
