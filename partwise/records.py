@@ -56,6 +56,11 @@ class Conversation:
     def images(self) -> tuple[Image, ...]:
         return tuple(c for m in self.messages for c in m.contents if isinstance(c, Image))
 
+    @property
+    def num_characters(self) -> int:
+        """Of all texts; images count nothing."""
+        return sum(len(c.text) for m in self.messages for c in m.contents if isinstance(c, Text))
+
 
 @dataclass(frozen=True)
 class Example:

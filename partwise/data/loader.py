@@ -2,8 +2,9 @@
 
 In: rows, a ChatFormat and batch sizes. Out: StepData for any range of steps, so that resuming is starting
 at another step. Worker processes prepare whole steps ahead. Each row comes once per epoch; the last step of
-an epoch may have fewer rows. Within a step, rows of like length share a micro-batch: the step's sum is the
-same and less of it is padding.
+an epoch may have fewer rows. The rows of a step are the same for any number of ranks; each encodes a share of
+its own (balance.py). There, rows of like length share a micro-batch: the step's sum is the same and less of
+it is padding.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from partwise.data.balance import row_cost, share_rows
 from partwise.data.chat import ChatFormat
 from partwise.data.collate import collate
 from partwise.data.rows import row_name
@@ -26,7 +28,11 @@ from partwise.records import Conversation, Example, StepData
 
 
 class StepLoader:
-    """One optimizer step's data after the other. Steps count from 0 and run on over the epochs."""
+    """One optimizer step's data after the other, for one of `num_ranks` ranks.
+
+    Steps count from 0 and run on over the epochs. `global_batch_size` is of all ranks, `micro_batch_size` of
+    one.
+    """
 
     def __init__(
         self,
@@ -38,6 +44,8 @@ class StepLoader:
         seed: int,
         num_workers: int,
         shuffle: bool = True,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self.rows = rows
         self.chat_format = chat_format
@@ -47,6 +55,8 @@ class StepLoader:
         self.seed = seed
         self.num_workers = num_workers
         self.shuffle = shuffle
+        self.rank = rank
+        self.num_ranks = num_ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -56,12 +66,13 @@ class StepLoader:
         """The steps from `first_step` up to, but not including, `last_step`.
 
         Raises:
-            DataError: a row cannot be used, or a step has no target token; also where a worker found it.
+            DataError: a row cannot be used, or a step of the only rank has no target token; also where a
+                worker found it.
         """
         yield from in_order(self.load_step, range(first_step, last_step), self.num_workers)
 
     def step_rows(self, step: int) -> list[int]:
-        """Which rows the step holds, as indices into `rows`."""
+        """Which rows the step holds, as indices into `rows`: those of all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.global_batch_size
         rows = range(first, min(first + self.global_batch_size, len(self.rows)))
@@ -69,24 +80,55 @@ class StepLoader:
             return list(rows)
         return epoch_order(len(self.rows), self.seed, epoch)[rows.start : rows.stop].tolist()
 
+    def rank_rows(self, step: int) -> list[int]:
+        """Which of the step's rows this rank has, in their order.
+
+        Raises:
+            DataError: a row is broken, this rank's or another's.
+        """
+        rows = self.step_rows(step)
+        if self.num_ranks == 1:
+            return rows
+        costs = [row_cost(self.rows[row], self.chat_format.max_seq_len) for row in rows]
+        return [rows[position] for position in share_rows(costs, self.num_ranks)[self.rank]]
+
+    def row_names(self, step: int) -> list[str]:
+        """The step's rows, of all ranks, as errors name them."""
+        conversations = [self.rows[row] for row in self.step_rows(step)]
+        return [row_name(conversation.source, conversation.row) for conversation in conversations]
+
     def load_step(self, step: int) -> StepData:
-        """The step's micro-batches, longest rows first. Raises: DataError, as `iterate`."""
-        indices = self.step_rows(step)
-        results = [self.chat_format(self.rows[index]) for index in indices]
+        """This rank's micro-batches of the step, longest rows first.
+
+        One of several ranks may have none; whether all of them have is for those to say who know
+        (`refuse_empty`).
+
+        Raises:
+            DataError: as `iterate`.
+        """
+        results = [self.chat_format(self.rows[row]) for row in self.rank_rows(step)]
         examples = [result for result in results if isinstance(result, Example)]
         dropped = Counter(result.reason for result in results if not isinstance(result, Example))
-        if not examples:
-            names = [row_name(result.source, result.row) for result in results]
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
-            raise DataError(
-                f"step {step + 1} has no target token: all of its rows were dropped: {reasons}. The rows are "
-                f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}. Raise data.max_seq_len, "
-                "or remove these rows."
-            )
+        if not examples and self.num_ranks == 1:
+            refuse_empty(step, self.row_names(step), dropped)
         examples.sort(key=lambda example: -len(example.input_ids))
         size = self.micro_batch_size
         batches = [collate(examples[i : i + size], self.pad_token_id) for i in range(0, len(examples), size)]
         return StepData(step, tuple(batches), dropped)
+
+
+def refuse_empty(step: int, names: Sequence[str], dropped: Counter[str]) -> NoReturn:
+    """What stops a step in which no rank has a row: the names of its rows, and the reasons of all ranks.
+
+    Raises:
+        DataError: always.
+    """
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
+    raise DataError(
+        f"step {step + 1} has no target token: all of its rows were dropped: {reasons}. The rows are "
+        f"{', '.join(names[:4])}{' ...' if len(names) > 4 else ''}. Raise data.max_seq_len, "
+        "or remove these rows."
+    )
 
 
 @lru_cache(maxsize=2)

@@ -17,7 +17,7 @@ from partwise.data.collate import collate
 from partwise.engine.device import restored_rng
 from partwise.errors import DataError
 from partwise.lineage.verify import InputSide, Probe
-from partwise.records import Dropped, Example, Text
+from partwise.records import Dropped, Example
 from partwise.training.step import eval_mode, model_inputs
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def read_rows(loader: StepLoader, indices: range) -> list[Conversation]:
 
 
 def first_example(loader: StepLoader, conversations: Sequence[Conversation]) -> Example | None:
-    for conversation in sorted(conversations, key=num_characters):
+    for conversation in sorted(conversations, key=lambda conversation: conversation.num_characters):
         try:
             encoded = loader.chat_format.encode(conversation)
             example = loader.chat_format.fit(encoded)
@@ -98,10 +98,6 @@ def first_example(loader: StepLoader, conversations: Sequence[Conversation]) -> 
         if not isinstance(example, Dropped):
             return truncate(example, max(MAX_TOKENS, encoded.images_end))
     return None
-
-
-def num_characters(conversation: Conversation) -> int:
-    return sum(len(c.text) for m in conversation.messages for c in m.contents if isinstance(c, Text))
 
 
 def take_probe(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from partwise.data.chat import ChatFormat
-from partwise.data.loader import StepLoader
+from partwise.data.loader import StepLoader, refuse_empty
 from partwise.data.scan import scan_rows
 from partwise.data.sources import Rows, open_rows
 from partwise.errors import DataError
@@ -195,6 +195,79 @@ def test_a_step_without_target_token_is_an_error(tmp_path: Path, text_format: Ch
     assert str(error.value) == (
         "step 2 has no target token: all of its rows were dropped: no target token (1). The rows are "
         f"{tmp_path}/rows.jsonl:5. Raise data.max_seq_len, or remove these rows."
+    )
+
+
+def ranks(rows: Rows, chat_format: ChatFormat, num_ranks: int, **options) -> list[StepLoader]:
+    return [loader(rows, chat_format, rank=r, num_ranks=num_ranks, **options) for r in range(num_ranks)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_ranks_share_the_rows_that_one_rank_has(
+    num_ranks: int, mixed_rows: Rows, chat_format: ChatFormat
+) -> None:
+    alone = loader(mixed_rows, chat_format)
+    together = ranks(mixed_rows, chat_format, num_ranks)
+    for step in range(4):
+        assert all(data.step_rows(step) == alone.step_rows(step) for data in together)
+        shares = [data.rank_rows(step) for data in together]
+        assert sorted(row for share in shares for row in share) == sorted(alone.step_rows(step))
+        loaded = [names(data.load_step(step)) for data in together]
+        assert sorted(row for share in loaded for row in share) == sorted(names(alone.load_step(step)))
+        for share, rows in zip(shares, loaded, strict=True):
+            assert set(rows) == {f"{mixed_rows.files[0][0]}:{row + 1}" for row in share}
+
+
+def test_one_rank_has_the_rows_in_the_order_of_the_step(text_rows: Rows, text_format: ChatFormat) -> None:
+    data = loader(text_rows, text_format)
+    assert [data.rank_rows(step) for step in range(6)] == [data.step_rows(step) for step in range(6)]
+
+
+def test_images_are_spread_over_ranks(mixed_rows: Rows, chat_format: ChatFormat) -> None:
+    """Rows 1 and 4 are those with an image."""
+    data = StepLoader(mixed_rows, chat_format, PAD, 6, 1, seed=0, num_workers=0, num_ranks=2)
+    assert len({1, 4} & set(data.rank_rows(0))) == 1
+
+
+def test_a_rank_encodes_its_own_rows_alone(text_rows: Rows, text_format: ChatFormat) -> None:
+    encoded = []
+
+    class Format(ChatFormat):
+        def __call__(self, conversation):
+            encoded.append(conversation.row)
+            return super().__call__(conversation)
+
+    chat_format = Format(text_format.processor, frozenset(), 64, "truncate")
+    for data in ranks(text_rows, chat_format, 2):
+        encoded.clear()
+        data.load_step(0)
+        assert encoded == data.rank_rows(0) and len(encoded) == 2
+
+
+def test_shares_are_found_without_decoding_an_image(tmp_path: Path, chat_format: ChatFormat) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ["<image> what?"] * 4, image="no-such.png")
+    assert [len(data.rank_rows(0)) for data in ranks(rows, chat_format, 2)] == [2, 2]
+
+
+def test_a_rank_may_have_no_row(tmp_path: Path, text_format: ChatFormat) -> None:
+    """Two rows on three ranks, of which one gives no example: the dropped one is counted by its own rank."""
+    rows = write_rows(tmp_path / "rows.jsonl", ["what?", "what " * 80])
+    steps = [data.load_step(0) for data in ranks(rows, text_format, 3)]
+    assert sorted(len(step.batches) for step in steps) == [0, 0, 1]
+    assert sum((step.dropped for step in steps), Counter()) == Counter({"no target token": 1})
+
+
+def test_a_step_that_no_rank_has_rows_of_is_refused_with_all_names(
+    tmp_path: Path, text_format: ChatFormat
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ["what " * 80] * 2)
+    together = ranks(rows, text_format, 2, shuffle=False)
+    dropped = sum((data.load_step(0).dropped for data in together), Counter())
+    with pytest.raises(DataError) as error:
+        refuse_empty(0, together[1].row_names(0), dropped)
+    assert str(error.value) == (
+        "step 1 has no target token: all of its rows were dropped: no target token (2). The rows are "
+        f"{tmp_path}/rows.jsonl:1, {tmp_path}/rows.jsonl:2. Raise data.max_seq_len, or remove these rows."
     )
 
 
