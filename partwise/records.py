@@ -115,6 +115,7 @@ class Totals:
 
     num_target_tokens: int
     num_input_tokens: int
+    rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,12 @@ class StepData:
         """Of all ranks."""
         mine = sum(batch.num_input_tokens for batch in self.batches)
         return self.totals.num_input_tokens if self.totals else mine
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Of all ranks, as errors name them."""
+        mine = tuple(row for batch in self.batches for row in batch.rows)
+        return self.totals.rows if self.totals else mine
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from partwise.config import Config, dump_config
+from partwise.engine.choose import make_engine, resolve_engine
+from partwise.engine.ranks import Ranks
+from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, ConfigError, TrainingError
 from partwise.lineage.publish import replace_folder
 from partwise.lineage.verify import start_verification
@@ -23,7 +27,7 @@ from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, 
 from partwise.preflight.resume import find_start
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
-from partwise.training.checkpoint import save_final, torn_checkpoints
+from partwise.training.checkpoint import model_state, save_final, torn_checkpoints
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
@@ -62,28 +66,25 @@ def check(
     return findings
 
 
-def train(config: Config, resume: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: Config, resume: bool = False, console: Console | None = None, ranks: Ranks | None = None
+) -> Path:
     """Check, train, and return the run's final/ folder. A run that cannot learn does not start.
+
+    With several ranks, all of them call it. The first one checks, prints and writes.
 
     Raises:
         UserError: as the checks and the training say; the run folder is made only after all checks passed.
         StoppedError: SIGTERM or SIGINT ended the training; it can be resumed.
     """
-    console = console or Console(quiet=True)
-    job = Job(config)
-    folder = Path(config.output)
-    checkpoint = find_start(folder, config, resume)
-    for torn in torn_checkpoints(folder):
-        console.print(f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it")
-    context = Context(job, CHECKED_ROWS_BEFORE_TRAINING)
-    findings = [finding for check in CHECKS for finding in check(context)]
-    show_plan(job, console)
-    findings += [finding for check in MODEL_CHECKS for finding in check(context)]
-    refuse_errors(findings, console)
-    write_run_folder(folder, job, findings)
-    if resume:
-        console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
-    loaded = context.loaded
+    ranks = ranks or Ranks()
+    console = (console if ranks.is_first else None) or Console(quiet=True)
+    job, folder = Job(config, ranks), Path(config.output)
+    engine = make_engine(resolve_engine(config.engine, ranks.size), ranks)
+    start = prepare(job, engine, folder, resume, console) if ranks.is_first else None
+    checkpoint, manifest = ranks.from_first(start and (start.checkpoint, start.manifest))
+    loaded = start.loaded if start else open_for(job, engine)
+    engine.spread(loaded.model, job.plan, loaded.dtype, job.device)
     manifest = run_stage(
         loaded,
         job.plan,
@@ -92,30 +93,75 @@ def train(config: Config, resume: bool = False, console: Console | None = None) 
         job.eval_loader,
         folder,
         job.num_steps,
-        job.manifest,
+        manifest,
         checkpoint,
         console,
+        engine,
     )
-    final = save_final(folder, loaded, job.plan, manifest)
-    plot_runs([folder])
+    final = folder / "final"
+    state = model_state(loaded, job.plan, engine)
+    if ranks.is_first:
+        save_final(folder, loaded, job.plan, manifest, state)
+        plot_runs([folder])
+    del state
     console.print(f"wrote {final}")
     if config.train.verify == "sample":
-        verify_final(final, job, loaded, console)
+        verify_final(final, job, loaded, engine, console)
     return final
 
 
-def verify_final(final: Path, job: Job, loaded: LoadedModel, console: Console) -> None:
-    """Print what a fresh process says of RUN/final, and add it to the report.
+class Start(NamedTuple):
+    """What the first rank found: where to go on from, what the checkpoints are, and the model."""
+
+    checkpoint: Path | None
+    manifest: dict[str, Any]
+    loaded: LoadedModel
+
+
+def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Console) -> Start:
+    """All checks, and the run folder once they have passed.
+
+    Raises:
+        UserError: as the checks say.
+    """
+    config = job.config
+    checkpoint = find_start(folder, config, resume)
+    for torn in torn_checkpoints(folder):
+        console.print(f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it")
+    context = Context(job, CHECKED_ROWS_BEFORE_TRAINING)
+    findings = [finding for check in CHECKS for finding in check(context)]
+    show_plan(job, console)
+    if engine.ranks.size > 1:
+        console.print(f"engine {engine.name} on {engine.ranks.size} processes")
+    findings += [finding for check in MODEL_CHECKS for finding in check(context)]
+    refuse_errors(findings, console)
+    write_run_folder(folder, job, findings)
+    if resume:
+        console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
+    return Start(checkpoint, job.manifest, context.loaded)
+
+
+def open_for(job: Job, engine: Engine) -> LoadedModel:
+    """The model on a rank that did not check it."""
+    return job.open_skeleton() if engine.shards_weights else job.open_model()
+
+
+def verify_final(final: Path, job: Job, loaded: LoadedModel, engine: Engine, console: Console) -> None:
+    """Print what a fresh process says of RUN/final, and add it to the report. All ranks must call it.
 
     Raises:
         CheckpointError: it is not the trained model; it is kept beside, so that the run counts as unfinished.
     """
+    if not (engine.ranks.is_first or engine.shards_weights):
+        return
     examples = probe_examples(job.loader)
     if not examples:
         console.print(f"warning: {final} was not verified: none of the first rows gives an example")
         return
     trust = job.config.model.trust_remote_code
-    probe = take_probe(loaded, examples, job.pad_token_id, trust)
+    probe = take_probe(loaded, examples, job.pad_token_id, trust, engine)
+    if not engine.ranks.is_first:
+        return
     try:
         quantization = {str(final): quantization_of(loaded.model, job.plan)}
         finding = start_verification(final, probe, quantization=quantization).finish()

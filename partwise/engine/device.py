@@ -27,9 +27,13 @@ def pick_device() -> torch.device:
     )
 
 
-def seed_everything(seed: int, step: int = 0) -> None:
-    """Seed Python, numpy and torch, all devices, for one step; step 0 is also everything before it."""
-    state = int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def seed_everything(seed: int, step: int = 0, rank: int = 0) -> None:
+    """Seed Python, numpy and torch, all devices, for one step; step 0 is also everything before it.
+
+    Ranks draw numbers of their own, the first one those of a run on one device.
+    """
+    entropy = [seed, step, rank] if rank else [seed, step]
+    state = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)

@@ -38,7 +38,7 @@ class Fsdp(Engine):
     def spread(
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.runs_vision = trains_vision(plan)
         self.mesh = make_mesh(self.ranks.size, self.ranks.local_size, device)
         receiver = Receiver(model, self.ranks, device)

@@ -38,6 +38,7 @@ class Engine:
     shards_masters = False  # whether a rank has shards of what AdamW updates
     shards_weights = False  # whether a rank alone cannot run the model
     dtype: torch.dtype | None = None  # that the model runs in, where its weights have another
+    device: torch.device | None = None  # and where, for the same reason
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks()
@@ -89,6 +90,9 @@ class Engine:
     def load_state(self, adamw: Any, name: str, master: Tensor, state: dict[str, Tensor]) -> None:
         """Put a saved state in the place of AdamW's."""
         adamw.state[master] = state
+
+    def finish_load(self) -> None:
+        """What is to do once all masters and states were put in place."""
 
     def stretch(self, name: str, parameter: nn.Parameter) -> Stretch:
         """Which part of the parameter this rank's master is."""

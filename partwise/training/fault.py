@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from partwise.data.loader import StepLoader
 
 FOLDER = "bad_batch"
+NO_ORIGIN = (
+    "The same step, run again on the same weights, is finite, or only the sum of its gradients is not."
+)
 
 
 class FoundError(Exception):
@@ -45,10 +48,16 @@ def explain_fault(
     run_folder: Path,
 ) -> TrainingError:
     """The error to raise in place of `fault`: it says where the fault began, and where its rows lie."""
-    step_data = loader.load_step(fault.step)
-    seed_everything(seed, fault.step + 1)
-    origin = find_origin(model, plan, optimizer, step_data)
+    ranks, step_data = optimizer.engine.ranks, loader.load_step(fault.step)
+    seed_everything(seed, fault.step + 1, ranks.rank)
+    if optimizer.engine.runs_together:
+        origins = [f"Where it began is not searched for with engine {optimizer.engine.name}."]
+    else:
+        origins = ranks.gather(find_origin(model, plan, optimizer, step_data))
+    origin = next((o for o in origins if o != NO_ORIGIN), origins[0])
     folder = run_folder / FOLDER
+    if not ranks.is_first:
+        return TrainingError(f"{fault} {origin}")
     record = {
         "step": fault.step + 1,
         "origin": origin,
@@ -82,7 +91,7 @@ def find_origin(model: PreTrainedModel, plan: PartsPlan, optimizer: Optimizer, s
         if origin := gradient_origin(plan, optimizer):
             return f"It began in the backward pass, {origin}, {where}; all values forward are finite."
     optimizer.adamw.zero_grad(set_to_none=True)
-    return "The same step, run again on the same weights, is finite, or only the sum of its gradients is not."
+    return NO_ORIGIN
 
 
 def gradient_origin(plan: PartsPlan, optimizer: Optimizer) -> str:

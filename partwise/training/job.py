@@ -17,12 +17,20 @@ from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
 from partwise.data.template import end_of_turn
 from partwise.engine.device import pick_device, seed_everything
+from partwise.engine.ranks import Ranks
 from partwise.errors import ConfigError
 from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import adapter_record, match_base, model_record
 from partwise.model.adapter import load_adapter
 from partwise.model.folder import find_model_folder, model_name
-from partwise.model.load import LoadedModel, empty_model, load_model, load_processor, media_token_ids
+from partwise.model.load import (
+    LoadedModel,
+    empty_model,
+    load_model,
+    load_processor,
+    load_skeleton,
+    media_token_ids,
+)
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
@@ -38,8 +46,9 @@ if TYPE_CHECKING:
 class Job:
     """One config's pieces. Errors of the user surface where the piece is first asked for."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
 
     @cached_property
     def device(self) -> torch.device:
@@ -122,6 +131,8 @@ class Job:
             seed=train.seed,
             num_workers=self.config.data.num_workers,
             shuffle=shuffle,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
         )
 
     @property
@@ -139,17 +150,25 @@ class Job:
             )
         return num_steps
 
-    def open_model(self) -> LoadedModel:
-        """The model on its device with the plan applied. Adapters start from the config's seed."""
-        loaded = load_model(self.config.model)
+    def open_model(self, device: torch.device | None = None) -> LoadedModel:
+        """The model with the plan applied, on its device or another. Adapters start from the run's seed."""
+        loaded, device = load_model(self.config.model), device or self.device
         stop_at(loaded.model, end_of_turn(loaded.processor))
         # Before the rest moves, so that the device never holds the quantised layers at full width.
-        quantize_parts(loaded.model, self.plan, self.device)
-        loaded.model.to(self.device)
+        quantize_parts(loaded.model, self.plan, device)
+        loaded.model.to(device)
         seed_everything(self.config.train.seed)
         apply_plan(loaded.model, self.plan)
         if self.adapter is not None:
             load_adapter(loaded.model, self.plan, self.adapter)
+        if self.config.train.gradient_checkpointing:
+            enable_gradient_checkpointing(loaded.model, self.plan)
+        return loaded
+
+    def open_skeleton(self) -> LoadedModel:
+        """The same on the meta device, without weights, for a rank that is given its share of them."""
+        loaded = load_skeleton(self.config.model)
+        apply_plan(loaded.model, self.plan)
         if self.config.train.gradient_checkpointing:
             enable_gradient_checkpointing(loaded.model, self.plan)
         return loaded

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from partwise.config import Config
 from partwise.engine.device import peak_memory_bytes, seed_everything
+from partwise.engine.single import Engine
 from partwise.errors import StoppedError
 from partwise.lineage.manifest import stamp_manifest
 from partwise.lineage.verify import Probe
@@ -32,6 +34,7 @@ from partwise.training.optim import Optimizer
 from partwise.training.probe import probe_examples, take_probe
 from partwise.training.proof import Proof, add_to_report
 from partwise.training.saver import Saver
+from partwise.training.share import Shares
 from partwise.training.step import (
     NonFiniteError,
     StepOutcome,
@@ -60,8 +63,11 @@ def run_stage(
     manifest: dict[str, Any],
     resume_from: Path | None = None,
     console: Console | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Train to `num_steps`, from the start or from a checkpoint; the run's manifest, stamped at the end.
+
+    With several ranks each of them runs it, and the first one writes and prints.
 
     Raises:
         PlanError: what trains is not what the plan says.
@@ -71,14 +77,18 @@ def run_stage(
             or a checkpoint cannot be written.
         StoppedError: SIGTERM or SIGINT came; the step in progress was finished and a checkpoint saved.
     """
-    model, train, device = loaded.model, config.train, loaded.model.device
-    verify_plan(model, plan)
-    optimizer = Optimizer(model, plan, train, num_steps)
+    engine = engine or Engine()
+    model, train, ranks = loaded.model, config.train, engine.ranks
+    device = engine.device or model.device
+    verify_plan(model, plan, "the weights were spread over ranks")
+    optimizer = Optimizer(model, plan, train, num_steps, engine)
     first_step = load_checkpoint(resume_from, optimizer, manifest) if resume_from else 0
     set_train_mode(model, plan)
 
     proof = Proof(model, plan, optimizer)
-    log = MetricsLog(run_folder, first_step)
+    log = MetricsLog(run_folder, first_step, writes=ranks.is_first)
+    steps = Shares(loader, engine)
+    eval_steps = Shares(eval_loader, engine) if eval_loader else None
     watch = Watch(read_metrics(run_folder))
     with (
         ProgressLine(num_steps, first_step, console or Console()) as progress,
@@ -91,23 +101,24 @@ def run_stage(
             train,
             log.write_save,
             progress.show_text,
-            make_verifier(loaded, plan, config, loader, run_folder, progress),
+            make_verifier(loaded, plan, config, loader, run_folder, progress, engine),
         ) as saver,
     ):
         pending = PendingSteps()
-        for wait_seconds, step_data in timed(loader.iterate(first_step, num_steps)):
+        for wait_seconds, step_data in timed(steps.iterate(first_step, num_steps)):
             done = step_data.step + 1
             is_first, is_last = step_data.step == first_step, done == num_steps
             is_saved = is_due(done, train.save_every)
-            evaluates = eval_loader is not None and (
+            evaluates = eval_steps is not None and (
                 is_last or is_due(done, train.eval_every) or (is_saved and train.keep_best > 0)
             )
             logs = is_last or evaluates or is_saved or is_due(done, train.log_every)
 
-            seed_everything(train.seed, done)
+            seed_everything(train.seed, done, ranks.rank)
             pending.add(train_step(model, step_data, optimizer, device, observe=logs), wait_seconds)
             saver.poll()
-            logs = logs or bool(stop)
+            stops = ranks.any(bool(stop))
+            logs = logs or stops
 
             # Only a GPU runs ahead of its host, so that reading every step would cost time.
             if logs or is_first or device.type == "cpu":
@@ -119,7 +130,8 @@ def run_stage(
                     ) from fault
             if is_first or is_last:
                 finding = proof.check(done)
-                add_to_report(run_folder, finding)
+                if ranks.is_first:
+                    add_to_report(run_folder, finding)
                 progress.show_text(finding.message)
             if not logs:
                 continue
@@ -128,16 +140,16 @@ def run_stage(
             )
             tell_step(metrics, watch, log, progress)
             # A long evaluation is given up for a stop signal: the checkpoint matters more.
-            eval_loss = evaluate_loss(model, eval_loader, device, stop.__bool__) if evaluates else None
+            eval_loss = evaluate_loss(model, eval_steps, device, stop.__bool__, engine) if evaluates else None
             if eval_loss is not None:
                 log.write_eval(done, eval_loss)
                 progress.show_eval(done, eval_loss)
-            stops = bool(stop)
+            stops = stops or ranks.any(bool(stop))
             if is_saved or stops:
                 saver.save(stamp_manifest(manifest, done, eval_loss))
             if stops:
                 saver.wait()
-                raise stopped(stop, run_folder, done, num_steps)
+                raise stopped(ranks.gather(stop.received), run_folder, done, num_steps)
             pending = PendingSteps()
     return stamp_manifest(manifest, num_steps)
 
@@ -149,6 +161,7 @@ def make_verifier(
     loader: StepLoader,
     run_folder: Path,
     progress: ProgressLine,
+    engine: Engine,
 ) -> Verifier:
     """Compares checkpoints as the config says; its findings go into report.json and onto the console."""
 
@@ -162,11 +175,14 @@ def make_verifier(
         return probe_examples(loader)
 
     def take() -> Probe | None:
-        trust = config.model.trust_remote_code
-        return take_probe(loaded, examples(), loader.pad_token_id, trust) if examples() else None
+        trust, takes_part = config.model.trust_remote_code, ranks.is_first or engine.shards_weights
+        if not takes_part or not examples():
+            return None
+        return take_probe(loaded, examples(), loader.pad_token_id, trust, engine)
 
-    is_on = config.train.verify == "sample"
-    return Verifier(take if is_on else None, quantization_of(loaded.model, plan), note)
+    ranks, is_on = engine.ranks, config.train.verify == "sample"
+    quantization = quantization_of(loaded.model, plan)
+    return Verifier(take if is_on else None, quantization, note, ranks.from_first)
 
 
 def tell_step(metrics: StepMetrics, watch: Watch, log: MetricsLog, progress: ProgressLine) -> None:
@@ -177,12 +193,13 @@ def tell_step(metrics: StepMetrics, watch: Watch, log: MetricsLog, progress: Pro
         progress.show_text(f"warning: step {metrics.step}: {alarm.message}")
 
 
-def stopped(stop: StopSignals, run_folder: Path, done: int, num_steps: int) -> StoppedError:
-    assert stop.received
+def stopped(received: Sequence[Signals | None], run_folder: Path, done: int, num_steps: int) -> StoppedError:
+    """`received` by each rank; the signal may have come to one of them only."""
+    signal = next(signal for signal in received if signal)
     return StoppedError(
-        f"stopped by {stop.received.name} after step {done} of {num_steps}; saved "
+        f"stopped by {signal.name} after step {done} of {num_steps}; saved "
         f"{checkpoint_folder(run_folder, done)}. Go on with: {resume_command(run_folder)}",
-        stop.received,
+        signal,
     )
 
 

@@ -34,12 +34,17 @@ MOSTLY = 0.5  # from this share on, exactly-zero gradients are worth a place on 
 class MetricsLog:
     """RUN/metrics.jsonl, to append to; lines of steps after `last_step` are dropped first.
 
+    Of several ranks, one `writes`.
+
     Raises:
         TrainingError: the file cannot be written, here or for a later line.
     """
 
-    def __init__(self, run_folder: Path, last_step: int = 0) -> None:
+    def __init__(self, run_folder: Path, last_step: int = 0, writes: bool = True) -> None:
         self.path = run_folder / METRICS_FILE
+        self.writes = writes
+        if not writes:
+            return
         kept = [record for record in read_metrics(run_folder) if record["step"] <= last_step]
         partial = self.path.with_name(f".{self.path.name}.partial")
         with self._told():
@@ -67,6 +72,8 @@ class MetricsLog:
         self._write({"step": step, "warning": alarm.kind, "part": alarm.part, "message": alarm.message})
 
     def _write(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self._told(), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 

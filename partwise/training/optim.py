@@ -90,14 +90,23 @@ class Optimizer:
         factor = learning_rate_factor(step, self.num_steps, self.train)
         return {group["part"]: group["peak"] * factor for group in self.adamw.param_groups}
 
-    @torch.no_grad()
     def step(self, step: int, loss: Tensor | None = None) -> dict[str, Tensor]:
+        """`collect` and `update` in one."""
+        self.collect()
+        return self.update(step, loss)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """After the last backward pass: the masters' gradients, summed over ranks."""
+        self.never_reached -= self.engine.finish_gradients(self.masters)
+
+    @torch.no_grad()
+    def update(self, step: int, loss: Tensor | None = None) -> dict[str, Tensor]:
         """One update; the gradient norm of each part before clipping, as scalars on the device.
 
         Gradients are gone afterwards. A tensor without gradient is left as it is, moments included; so are
         all when a norm or `loss` (scalar) is not finite, now or at an earlier step.
         """
-        self.never_reached -= self.engine.finish_gradients(self.masters)
         norms = self._grad_norms()
         norm = global_norm(norms.values())
         judged = norm.double() if loss is None else norm.double() + loss
@@ -172,6 +181,7 @@ class Optimizer:
             self.engine.write_weight(self.parameters[name], master)
             if state := saved.state(name, stretch.start, master.numel()):
                 self.engine.load_state(self.adamw, name, master, self._fitting(master, state))
+        self.engine.finish_load()
 
     def _fitting(self, master: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state as this run's AdamW keeps it; saved moments are flat."""

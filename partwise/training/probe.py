@@ -6,6 +6,7 @@ In: a loader and a model. Out: a Probe, with which a saved folder is compared in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import torch
 from partwise.data.chat import truncate
 from partwise.data.collate import collate
 from partwise.engine.device import restored_rng
+from partwise.engine.single import Engine
 from partwise.errors import DataError
 from partwise.lineage.verify import InputSide, Probe
 from partwise.records import Dropped, Example
@@ -101,28 +103,40 @@ def first_example(loader: StepLoader, conversations: Sequence[Conversation]) -> 
 
 
 def take_probe(
-    loaded: LoadedModel, examples: Sequence[Example], pad_token_id: int, trust_remote_code: bool = False
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    pad_token_id: int,
+    trust_remote_code: bool = False,
+    engine: Engine | None = None,
 ) -> Probe:
-    """What the model as it is now says about each example alone. The host waits for the device."""
+    """What the model as it is now says about each example alone. The host waits for the device.
+
+    Where weights are sharded, all ranks must call it.
+    """
     # Imports PEFT, which a check of config and plan need not wait for.
     from partwise.lineage.reload import logits_of
 
-    model = loaded.model
+    engine, model = engine or Engine(), loaded.model
     rows, logits = [], []
     with measuring(model):
         for example in examples:
-            inputs = model_inputs(model, collate([example], pad_token_id), torch.device("cpu"))
+            batch = collate([example], pad_token_id)
+            inputs = model_inputs(model, batch, torch.device("cpu"), loaded.dtype)
             row = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
             rows.append(row)
-            logits.append(logits_of(model, {**row, "num_logits": torch.tensor(NUM_LOGITS)}))
+            if engine.shards_weights:
+                inputs = model_inputs(model, batch, engine.device, loaded.dtype)
+                logits.append(engine.logits(model, inputs)[0, -NUM_LOGITS:].float().cpu())
+            else:
+                logits.append(logits_of(model, {**row, "num_logits": torch.tensor(NUM_LOGITS)}))
     return Probe(
         rows=tuple(rows),
         logits=tuple(logits),
         num_logits=NUM_LOGITS,
         input_side=InputSide.of(loaded.processor),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
-        num_weights=model.num_parameters(),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(engine.device or model.device),
+        num_weights=sum(math.prod(engine.stretch(name, p).shape) for name, p in model.named_parameters()),
         attention=model.config._attn_implementation,
         trust_remote_code=trust_remote_code,
     )

@@ -37,7 +37,12 @@ class Proof:
     def __init__(self, model: nn.Module, plan: PartsPlan, optimizer: Optimizer) -> None:
         self.model, self.plan, self.optimizer = model, plan, optimizer
         self.frozen = frozen_tensors(model, optimizer)
-        self.start = fingerprints([*self.frozen.values(), *optimizer.masters.values()])
+        self.start = self._fingerprints()
+
+    def _fingerprints(self) -> Tensor:
+        """Of what lies on this rank, frozen tensors first."""
+        local = [self.optimizer.engine.local(tensor) for tensor in self.frozen.values()]
+        return fingerprints([*local, *self.optimizer.masters.values()])
 
     def check(self, step: int) -> Finding:
         """What holds after `step` steps, as a Finding; the host waits for the device.
@@ -45,14 +50,16 @@ class Proof:
         Raises:
             TrainingError: a frozen tensor changed, or one that trains stands without a reason.
         """
-        now = fingerprints([*self.frozen.values(), *self.optimizer.masters.values()])
-        same = (now == self.start).all(dim=1).tolist()
-        frozen_same, masters_same = same[: len(self.frozen)], same[len(self.frozen) :]
-        changed = [name for name, is_same in zip(self.frozen, frozen_same, strict=True) if not is_same]
+        ranks = self.optimizer.engine.ranks
+        is_other = ranks.any_of((self._fingerprints() != self.start).any(dim=1).tolist())
+        frozen_other, masters_other = is_other[: len(self.frozen)], is_other[len(self.frozen) :]
+        changed = [name for name, has_changed in zip(self.frozen, frozen_other, strict=True) if has_changed]
         standing = [
-            name for name, is_same in zip(self.optimizer.masters, masters_same, strict=True) if is_same
+            name for name, moved in zip(self.optimizer.masters, masters_other, strict=True) if not moved
         ]
-        reasons = {name: reason_to_stand(self.optimizer, name) for name in standing}
+        reasons = agreed_reasons(
+            ranks.gather({name: reason_to_stand(self.optimizer, name) for name in standing})
+        )
         unmoved = [name for name, reason in reasons.items() if not reason]
         self._refuse(step, "did not move", [*unmoved, *replaced_names(self.model, self.optimizer)])
         self._refuse(step, "changed although it is frozen", changed)
@@ -102,10 +109,21 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
 
 
+def agreed_reasons(said: list[dict[str, str | None]]) -> dict[str, str]:
+    """What all ranks with a shard of a tensor say; "" where one of them has no reason."""
+    reasons = {}
+    for name in said[0]:
+        given = [some[name] for some in said if some[name] is not None]
+        reasons[name] = "" if "" in given or not given else str(given[0])
+    return reasons
+
+
 @torch.no_grad()
-def reason_to_stand(optimizer: Optimizer, name: str) -> str:
-    """Why a master may be as it was; "" where there is no reason."""
+def reason_to_stand(optimizer: Optimizer, name: str) -> str | None:
+    """Why a master may be as it was; "" where there is no reason, None where it is of no element."""
     master, state = optimizer.masters[name], optimizer.state(name)
+    if master.numel() == 0:
+        return None
     if name in optimizer.never_reached:
         return UNREACHED
     if not state:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from partwise.data.loader import StepLoader
+    from partwise.training.share import Shares
 
 
 class NonFiniteError(TrainingError):
@@ -77,14 +78,15 @@ def train_step(
         TrainingError: a tensor of a part that this step must reach has never had a gradient.
     """
     total = accumulate_loss(model, step_data, device, optimizer.engine)
+    optimizer.collect()
     gradients = observe_gradients(optimizer) if observe else None
-    norms = optimizer.step(step_data.step, total)
+    norms = optimizer.update(step_data.step, total)
     check_reached(optimizer, step_data)
     return StepOutcome(
         step=step_data.step,
         values=torch.stack([total, *(norm.double() for norm in norms.values())]),
         parts=tuple(norms),
-        rows=tuple(row for batch in step_data.batches for row in batch.rows),
+        rows=step_data.rows,
         num_input_tokens=step_data.num_input_tokens,
         num_target_tokens=step_data.num_target_tokens,
         dropped=step_data.dropped,
@@ -177,26 +179,29 @@ def read_values(outcome: StepOutcome, row: list[float]) -> StepValues:
 @torch.no_grad()
 def evaluate_loss(
     model: PreTrainedModel,
-    loader: StepLoader,
+    loader: StepLoader | Shares,
     device: torch.device,
     is_stopped: Callable[[], bool] = lambda: False,
+    engine: Engine | None = None,
 ) -> float | None:
     """Mean loss over all target tokens of the loader's rows, once each; modules' modes are kept.
 
-    None where `is_stopped` said so before the last row.
+    None where `is_stopped` said so before the last row, on any rank. `loader` are shares where there are
+    several.
 
     Raises:
         DataError: a step of the loader has no target token.
     """
+    engine = engine or Engine()
     total, num_target_tokens = torch.zeros((), device=device, dtype=torch.float64), 0
     with eval_mode(model):
         for step_data in loader.iterate(0, loader.steps_per_epoch):
-            if is_stopped():
+            if engine.ranks.any(is_stopped()):
                 return None
             for batch in step_data.batches:
-                total += batch_loss_sum(model, batch, device)
-                num_target_tokens += batch.num_target_tokens
-    return total.item() / num_target_tokens
+                total += batch_loss_sum(model, batch, device, engine)
+            num_target_tokens += step_data.num_target_tokens
+    return engine.ranks.sum(total).item() / num_target_tokens
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from partwise.records import Finding
 class Verifier:
     """`take` gives a Probe of the model as it is now, where rows allow one; `note` gets the findings.
 
+    With several ranks, `agree` gives each what the first one says: only that one compares.
+
     Without `take` nothing is compared. The process computes on the CPU: room that a GPU has between two steps
     is not room to take.
     """
@@ -29,8 +31,10 @@ class Verifier:
         take: Callable[[], Probe | None] | None,
         quantization: dict[str, Any] | None,
         note: Callable[[Finding], None],
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self._take = take
+        self.agree = agree
         self.quantization = quantization
         self.note = note
         self.running: Verification | None = None
@@ -43,7 +47,8 @@ class Verifier:
     def take(self) -> Probe | None:
         """For a checkpoint of this moment; None where it will not be compared."""
         self.poll()
-        return self._take() if self._take and not self.running else None
+        is_wanted = self.agree(self._take is not None and not self.running)
+        return self._take() if self._take and is_wanted else None
 
     def start(self, folder: Path, probe: Probe) -> None:
         quantization = {str(folder): self.quantization}

@@ -66,8 +66,10 @@ def observe_gradients(optimizer: Optimizer) -> Gradients | None:
 
 def zero_fraction(optimizer: Optimizer, names: list[str]) -> Tensor:
     gradients = [optimizer.masters[name].grad for name in names]
-    size = sum(gradient.numel() for gradient in gradients)
-    return 1 - torch.stack([gradient.count_nonzero() for gradient in gradients]).sum().double() / size
+    nonzero = torch.stack([gradient.count_nonzero() for gradient in gradients]).sum()
+    size = torch.full_like(nonzero, sum(gradient.numel() for gradient in gradients))
+    nonzero, size = optimizer.engine.total(torch.stack([nonzero, size]))
+    return 1 - nonzero.double() / size
 
 
 @torch.no_grad()
@@ -85,7 +87,9 @@ def update_ratio(optimizer: Optimizer, names: list[str]) -> Tensor:
         for piece in optimizer.directions(name)
     ]
     weights = torch.nn.utils.get_total_norm([optimizer.masters[name] for name in names])
-    return torch.linalg.vector_norm(torch.stack(updates)).double() / weights.clamp(min=1e-30)
+    norms = torch.stack([torch.linalg.vector_norm(torch.stack(updates)).double(), weights.double()])
+    update, weight = optimizer.engine.total_norms(norms)
+    return update / weight.clamp(min=1e-30)
 
 
 class Watch:

@@ -1,0 +1,27 @@
+"""The engine of a run by its name; what an engine needs is imported when it is chosen."""
+
+from __future__ import annotations
+
+from partwise.engine.ranks import Ranks
+from partwise.engine.single import Engine
+
+
+def make_engine(name: str, ranks: Ranks) -> Engine:
+    """`name` is one of single, ddp, fsdp, zero2, zero3."""
+    if name == "ddp":
+        from partwise.engine.ddp import Replicated
+
+        return Replicated(ranks)
+    if name == "fsdp":
+        from partwise.engine.fsdp import Fsdp
+
+        return Fsdp(ranks)
+    assert name == "single", name
+    return Engine(ranks)
+
+
+def resolve_engine(name: str, num_ranks: int) -> str:
+    """What `auto` means with so many processes."""
+    if name != "auto":
+        return name
+    return "ddp" if num_ranks > 1 else "single"
