@@ -21,7 +21,7 @@ from partwise.data.chat import ChatFormat
 from partwise.data.collate import collate
 from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
-from partwise.engine.zero import Zero
+from partwise.engine.zero import Zero2, Zero3
 from partwise.model.load import load_model, media_token_ids
 from partwise.model.parts import apply_plan, resolve_plan
 from partwise.records import Batch, StepData, Totals
@@ -122,7 +122,7 @@ class Rows:
 
 def compare(folder: str, plan_name: str, stage: int, ranks: Ranks, rows: Rows, dtype: str) -> dict[str, Any]:
     one = Run(folder, plan_name, Engine(), dtype)
-    many = Run(folder, plan_name, Zero(stage, ranks), dtype)
+    many = Run(folder, plan_name, (Zero2, Zero3)[stage - 2](ranks), dtype)
     for batches, totals in rows.steps():
         one.step([batch for share in batches for batch in share])
         many.step(batches[ranks.rank], totals)
