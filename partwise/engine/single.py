@@ -103,6 +103,9 @@ class Engine:
         if master is not parameter:
             parameter.copy_(master)
 
+    def finish_load(self) -> None:
+        """Called once after masters were loaded: what `write_weight` leaves to do for all together."""
+
     def total(self, values: Tensor) -> Tensor:
         """Sums over all shards of what was counted on this rank's, on the device."""
         return values
