@@ -16,6 +16,10 @@ def make_engine(name: str, ranks: Ranks) -> Engine:
         from partwise.engine.fsdp import Fsdp
 
         return Fsdp(ranks)
+    if name in ("zero2", "zero3"):
+        from partwise.engine.zero import Zero2, Zero3
+
+        return {"zero2": Zero2, "zero3": Zero3}[name](ranks)
     assert name == "single", name
     return Engine(ranks)
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from partwise.engine.receive import Receiver
-from partwise.engine.single import Engine, Stretch
+from partwise.engine.single import Engine, Stretch, trains_vision
 from partwise.model.find import find_parts
 from partwise.model.head import TokenLoss
 
@@ -71,9 +71,9 @@ class Fsdp(Engine):
             self.net.reshard()  # the root waits for a backward pass that does not come
         return result
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
+    def backward(self, loss: Tensor) -> None:
         # Gradients are averaged over ranks, not summed.
-        super().backward(loss * self.ranks.size, is_last)
+        super().backward(loss * self.ranks.size)
 
     def make_masters(
         self, parameters: Mapping[str, nn.Parameter], make_adamw: Callable[[Mapping[str, Tensor]], Any]
@@ -125,10 +125,6 @@ def make_mesh(size: int, local_size: int, device: torch.device) -> DeviceMesh:
         shape = (size // local_size, local_size)
         return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
     return init_device_mesh(device.type, (size,), mesh_dim_names=("shards",))
-
-
-def trains_vision(plan: PartsPlan) -> bool:
-    return any(part.trainable for part in plan.parts if part.part != "language_model")
 
 
 def vision_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

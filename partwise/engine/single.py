@@ -59,8 +59,8 @@ class Engine:
         """The model's own logits. Where weights are sharded, all ranks must call it."""
         return model(**inputs).logits
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Gradients of one micro-batch's share of the loss; `is_last` of the step.
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch's share of the loss.
 
         Text-only rows have no graph when only the vision side trains.
         """
@@ -91,9 +91,6 @@ class Engine:
         """Put a saved state in the place of AdamW's."""
         adamw.state[master] = state
 
-    def finish_load(self) -> None:
-        """What is to do once all masters and states were put in place."""
-
     def stretch(self, name: str, parameter: nn.Parameter) -> Stretch:
         """Which part of the parameter this rank's master is."""
         return Stretch(0, tuple(parameter.shape))
@@ -121,6 +118,11 @@ class Engine:
     def whole(self, tensor: Tensor) -> Tensor:
         """The whole parameter or buffer. Where weights are sharded, a copy; all ranks must ask for it."""
         return tensor.detach()
+
+
+def trains_vision(plan: PartsPlan) -> bool:
+    """Whether something beside the language model trains."""
+    return any(part.trainable for part in plan.parts if part.part != "language_model")
 
 
 def make_master(parameter: nn.Parameter) -> Tensor:

@@ -20,10 +20,9 @@ from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 from torch import Tensor, nn
 
-from partwise.engine.device import pick_device
 from partwise.engine.partition import hidden, partition
 from partwise.engine.ranks import Ranks
-from partwise.engine.single import Engine, Stretch
+from partwise.engine.single import Engine, Stretch, trains_vision
 from partwise.model.find import contains
 from partwise.model.head import TokenLoss
 
@@ -40,6 +39,8 @@ class Zero(Engine):
     """What the two stages have in common."""
 
     stage: int
+    runs_together = True
+    shards_masters = True
 
     def __init__(self, ranks: Ranks) -> None:
         super().__init__(ranks)
@@ -48,8 +49,11 @@ class Zero(Engine):
         # DeepSpeed would compile a kernel for minutes before the first step on a CPU, and gloo is enough.
         __compatible_ops__["deepspeed_shm_comm"] = False
 
-    def spread(self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype) -> None:
-        self.module, self.dtype = TokenLoss(model), dtype
+    def spread(
+        self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.module, self.dtype, self.device = TokenLoss(model), dtype, device
+        self.runs_vision = trains_vision(plan)
 
     def make_masters(
         self, parameters: Mapping[str, nn.Parameter], make_adamw: Callable[[Mapping[str, Tensor]], Any]
@@ -125,10 +129,6 @@ class Zero(Engine):
     def write_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
         """Nothing: `update` and `finish_load` write all weights together."""
 
-    def gathered(self, parameter: nn.Parameter) -> Tensor | None:
-        """The whole weight on the CPU of rank 0, None on the others. All must call it."""
-        return parameter.detach().cpu() if self.ranks.is_first else None
-
     def total(self, values: Tensor) -> Tensor:
         return self.ranks.sum(values)
 
@@ -170,16 +170,18 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """A rank has an equal piece of each tensor, padded at the end; a module gathers its weights when it runs."""
+    """A rank has an equal piece of each tensor, padded at the end; a module gathers them when it runs."""
 
     name = "zero3"
     stage = 3
     shards_weights = True
 
-    def spread(self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype) -> None:
-        super().spread(model, plan, dtype)
+    def spread(
+        self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().spread(model, plan, dtype, device)
         self.kept_whole = skipped_modules(model, plan)
-        partition(model, self.kept_whole, pick_device(), self._config())
+        partition(model, self.kept_whole, device, self._config())
 
     def _config(self) -> dict[str, Any]:
         config = super()._config()
@@ -215,16 +217,18 @@ class Zero3(Zero):
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
-    def gathered(self, parameter: nn.Parameter) -> Tensor | None:
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().to("cpu", copy=True) if self.ranks.is_first else None
+    def whole(self, tensor: Tensor) -> Tensor:
+        if not is_partitioned(tensor):
+            return super().whole(tensor)
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True)
 
 
 def skipped_modules(model: nn.Module, plan: PartsPlan) -> list[nn.Module]:
     """The outermost modules of a vision side of which nothing trains; none where some of it does."""
-    parts = [part for part in plan.parts if part.part != "language_model"]
-    if any(part.trainable for part in parts):
+    if trains_vision(plan):
         return []
+    parts = [part for part in plan.parts if part.part != "language_model"]
     modules = dict(model.named_modules())
     paths = [path for part in parts for path in part.module_paths if path in modules]
     outermost = [p for p in paths if not any(other != p and contains(other, p) for other in paths)]

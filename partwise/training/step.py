@@ -103,9 +103,9 @@ def accumulate_loss(
     """
     engine = engine or Engine()
     total = torch.zeros((), device=device, dtype=torch.float64)
-    for number, batch in enumerate(step_data.batches, start=1):
+    for batch in step_data.batches:
         loss = batch_loss_sum(model, batch, device, engine) / step_data.num_target_tokens
-        engine.backward(loss, is_last=number == len(step_data.batches))
+        engine.backward(loss)
         total += loss.detach()
     return engine.ranks.sum(total)
 

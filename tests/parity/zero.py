@@ -62,7 +62,7 @@ class Run:
         torch.manual_seed(0)
         plan = resolve_plan(self.model, config)
         apply_plan(self.model, plan)
-        engine.spread(self.model, plan, self.model.dtype)
+        engine.spread(self.model, plan, self.model.dtype, CPU)
         self.optimizer = Optimizer(self.model, plan, config.train, len(STEPS), engine)
         self.losses: list[float] = []
         self.norms: list[float] = []
