@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from warnings import filterwarnings
 
 import deepspeed
 import torch
@@ -46,6 +47,8 @@ class Zero(Engine):
         super().__init__(ranks)
         self.reached: set[str] = set()
         self.kept_whole: list[nn.Module] = []
+        # Of names that DeepSpeed 0.19.8 uses and newer torch has others for: a line for each call and rank.
+        filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         # DeepSpeed would compile a kernel for minutes before the first step on a CPU, and gloo is enough.
         __compatible_ops__["deepspeed_shm_comm"] = False
 

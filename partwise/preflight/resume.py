@@ -20,12 +20,14 @@ from partwise.training.checkpoint import newest_checkpoint
 # Keys that may differ between a run and its resumption: none of them changes what is learned. Moved files
 # are known by their content, which load_checkpoint compares.
 FREE_KEYS = (
+    "engine",
     "output",
     "model.path",
     "data.train",
     "data.eval",
     "data.num_workers",
     "train.gradient_checkpointing",
+    "train.micro_batch_size",
     "train.log_every",
     "train.eval_every",
     "train.save_every",
