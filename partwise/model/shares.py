@@ -208,6 +208,7 @@ def read_weights(model: PreTrainedModel, plan: PartsPlan, optimizer_states: str)
         for part in found.values()
         if part.part != "language_model" and not vision_trains
         for name in part.parameter_names
+        if name not in part.module_paths  # a bare parameter is another module's
     }
     head = model.get_output_embeddings().weight
     return Weights(
