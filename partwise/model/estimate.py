@@ -1,26 +1,24 @@
 """How much memory a training step takes, part by part of it, from shapes alone.
 
 In: the model on the meta device, the plan, and the shape of the longest row. Out: a Footprint, which gives
-the predicted peak for any number of rows in a micro-batch, with and without gradient checkpointing. No
-weight is read. Which device it must fit, and what to do when it does not, is said in preflight/memory.py.
-docs/memory.md compares it with measured peaks.
+the predicted peak for any number of rows in a micro-batch, with and without gradient checkpointing, alone and
+on several ranks (shares.py). No weight is read. Which device it must fit, and what to do when it does not, is
+said in preflight/memory.py. docs/memory.md compares it with measured peaks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from partwise.config import ModelConfig
-from partwise.model.codes import CODE_BLOCK, LEAST_CODED
 from partwise.model.find import find_parts
 from partwise.model.head import CHUNK_ROWS
 from partwise.model.load import empty_model
 from partwise.model.parts import apply_plan
-from partwise.model.quantize import nf4_bytes
+from partwise.model.shares import Share, Weights, packed_bytes, read_weights, share_of
 from partwise.model.trace import decoder_bytes, tower_bytes
 from partwise.records import PartsPlan
 
@@ -58,19 +56,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes of a training step. Those of activations are per row of a micro-batch.
+    """The bytes of a training step on one rank. Those of activations are per row of its micro-batch.
 
     `largest_dequantized_bytes` is the layer in 4 bits that is multiplied with, at full width for that moment.
-    `masters_bytes` and `gradients_bytes` are of 16-bit weights that train; `largest_gradient_bytes` is the
-    16-bit gradient that waits for all its terms while the masters' gradients stand (a head tied to the
-    embeddings).
     """
 
-    weights_bytes: int
-    masters_bytes: int
-    moments_bytes: int
-    gradients_bytes: int
-    largest_gradient_bytes: int
+    weights: Weights
+    share: Share
     decoder: Kept
     tower: Kept
     tower_trains: bool
@@ -78,10 +70,14 @@ class Footprint:
     num_target_tokens: int
     logit_row_bytes: int
 
+    def on_ranks(self, engine: str, num_ranks: int, offload_optimizer: bool = False) -> Footprint:
+        """The same step on each of `num_ranks` ranks that share one copy of the model."""
+        return replace(self, share=share_of(self.weights, engine, num_ranks, offload_optimizer))
+
     @property
     def fixed_bytes(self) -> int:
         """What does not depend on the rows."""
-        return self.weights_bytes + self.masters_bytes + self.moments_bytes + self.gradients_bytes
+        return self.share.fixed_bytes
 
     def activations_bytes(self, num_rows: int, checkpointing: bool) -> int:
         tower = self.tower.bytes(checkpointing) if self.tower_trains else 0
@@ -89,18 +85,20 @@ class Footprint:
 
     def head_bytes(self, num_rows: int) -> int:
         rows = min(CHUNK_ROWS, num_rows * self.num_target_tokens)
-        return rows * self.logit_row_bytes + self.largest_gradient_bytes
+        return rows * self.logit_row_bytes + self.share.passing.head_bytes
 
     def layer_bytes(self, num_rows: int, checkpointing: bool) -> int:
         """The layer that runs: its gradients, and its own activations where they were not kept."""
         layer = max(self.decoder.layer_bytes, self.tower.layer_bytes)
-        return int(num_rows * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
+        activations = int(num_rows * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
+        return activations + self.largest_dequantized_bytes + self.share.passing.layer_bytes
 
     def peak_bytes(self, num_rows: int, checkpointing: bool) -> int:
-        """The predicted peak of a step with `num_rows` such rows in each micro-batch."""
-        layer = self.layer_bytes(num_rows, checkpointing) + self.largest_dequantized_bytes
-        passing = max(self.head_bytes(num_rows), layer)
-        return self.fixed_bytes + self.activations_bytes(num_rows, checkpointing) + passing
+        """The predicted peak of a step with `num_rows` such rows in each micro-batch of a rank."""
+        passing = self.share.passing
+        running = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, checkpointing))
+        backward = self.activations_bytes(num_rows, checkpointing) + passing.waiting_bytes + running
+        return self.fixed_bytes + passing.gathered_bytes + max(backward, passing.last_bytes)
 
     def largest_num_rows(self, limit_bytes: int, checkpointing: bool, most: int) -> int:
         """The most rows, up to `most`, whose peak is below the limit; 0 where not even one row fits."""
@@ -119,45 +117,23 @@ def planned_model(settings: ModelConfig, plan: PartsPlan) -> PreTrainedModel:
 def estimate_footprint(
     model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str, optimizer_states: str
 ) -> Footprint:
-    """The footprint of a model on the meta device that the plan was applied to.
+    """The footprint, on one rank alone, of a model on the meta device that the plan was applied to.
 
     Raises:
         NotImplementedError, RuntimeError: the forward pass needs values, not shapes alone.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    small = [p for p in trained if p.dtype.itemsize < 4]
-    num_small = sum(p.numel() for p in small)
-    head = model.get_output_embeddings().weight
-    packed = dict(quantized_weights(model, plan))
+    weights = read_weights(model, plan, optimizer_states)
+    packed = packed_bytes(model, plan)
     return Footprint(
-        weights_bytes=sum(packed.get(p, p.numel() * p.dtype.itemsize) for p in model.parameters()),
-        masters_bytes=4 * num_small,
-        moments_bytes=sum(moment_bytes(p.numel(), optimizer_states) for p in trained),
-        gradients_bytes=4 * sum(p.numel() for p in trained),
-        largest_gradient_bytes=head.numel() * head.dtype.itemsize if head.requires_grad else 0,
+        weights=weights,
+        share=share_of(weights, "single"),
         decoder=decoder_kept(model, plan, row, attention),
         tower=tower_kept(model, row, attention) if row.num_tiles else Kept(),
         tower_trains="vision_tower" in plan and bool(plan["vision_tower"].trainable),
         largest_dequantized_bytes=max((p.numel() * p.dtype.itemsize for p in packed), default=0),
         num_target_tokens=row.num_target_tokens,
-        logit_row_bytes=LOGIT_BYTES * head.shape[0],
+        logit_row_bytes=LOGIT_BYTES * model.get_output_embeddings().weight.shape[0],
     )
-
-
-def quantized_weights(model: PreTrainedModel, plan: PartsPlan) -> Iterator[tuple[torch.nn.Parameter, int]]:
-    """The weights that the plan holds in 4 bits, at full width here, and their bytes then."""
-    for part in plan.parts:
-        if part.quantization:
-            for name in part.quantization.modules:
-                weight = model.get_submodule(name).weight  # an adapter's is that of the layer below it
-                yield weight, nf4_bytes(weight.numel(), part.quantization.is_double)
-
-
-def moment_bytes(num_elements: int, optimizer_states: str) -> int:
-    """The bytes of one tensor's two moments between two steps."""
-    if optimizer_states == "float32" or num_elements < LEAST_CODED:
-        return 8 * num_elements
-    return 2 * num_elements + 2 * 4 * -(-num_elements // CODE_BLOCK)
 
 
 def decoder_kept(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str) -> Kept:

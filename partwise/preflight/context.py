@@ -16,11 +16,15 @@ from partwise.training.job import Job
 
 
 class Context:
-    """`max_rows` None reads every row."""
+    """`max_rows` None reads every row. `num_ranks` are those that share one copy of the model."""
 
-    def __init__(self, job: Job, max_rows: int | None = None) -> None:
+    def __init__(
+        self, job: Job, max_rows: int | None = None, engine: str = "single", num_ranks: int = 1
+    ) -> None:
         self.job = job
         self.max_rows = max_rows
+        self.engine = engine
+        self.num_ranks = num_ranks
 
     @property
     def config(self) -> Config:

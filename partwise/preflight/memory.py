@@ -1,8 +1,8 @@
 """Does a training step fit into the device's memory? Predicted from shapes, before any weight is read.
 
-The longest of the rows that were read stands for each row of a micro-batch. On a GPU a peak above its memory
-is an error, and the fix is one that was computed; a CPU may swap, so there it is a warning, and only when it
-is far above what is available.
+The longest of the rows that were read stands for each row of a micro-batch, and one rank for all of them.
+On a GPU a peak above its memory is an error, and the fix is one that was computed; a CPU may swap, so there
+it is a warning, and only when it is far above what is available.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def check_memory(context: Context) -> list[Finding]:
         )
         return [Finding("memory", "info", text, config.where("model"))]
     limit = device_bytes(job.device)
-    finding = judge(config, footprint, row, limit, on_gpu=job.device.type == "cuda")
+    finding = judge(context, footprint, row, limit, on_gpu=job.device.type == "cuda")
     if finding.level != "error":
         return [finding]
     return [with_fix(context, finding, footprint, row, limit)]
 
 
-def judge(config: Config, footprint: Footprint, row: RowShape, limit: int, on_gpu: bool) -> Finding:
+def judge(context: Context, footprint: Footprint, row: RowShape, limit: int, on_gpu: bool) -> Finding:
     """The prediction beside the limit, without a fix."""
-    train = config.train
+    config, train = context.config, context.config.train
     peak = footprint.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
     device = "the GPU has" if on_gpu else "this machine has free"
     text = (
-        f"a step takes about {format_bytes(peak)}, {describe(footprint, config)}, with "
+        f"a step takes about {format_bytes(peak)}{on_each(context)}, {describe(footprint, config)}, with "
         f"{train.micro_batch_size} rows of {row.num_tokens} tokens a micro-batch; "
         f"{device} {format_bytes(limit)}"
     )
@@ -76,23 +76,39 @@ def judge(config: Config, footprint: Footprint, row: RowShape, limit: int, on_gp
     return Finding("memory", level, text, config.where("train.micro_batch_size"), fix, values)
 
 
+def on_each(context: Context) -> str:
+    """Where it is taken; "" where there is one rank."""
+    return f" on each of {context.num_ranks} ranks" if context.num_ranks > 1 else ""
+
+
 def describe(footprint: Footprint, config: Config) -> str:
-    train = config.train
-    trained = footprint.masters_bytes + footprint.moments_bytes + footprint.gradients_bytes
+    train, share = config.train, footprint.share
+    trained = share.masters_bytes + share.moments_bytes + share.gradients_bytes
     kept = footprint.activations_bytes(train.micro_batch_size, train.gradient_checkpointing)
     return (
-        f"of it weights {format_bytes(footprint.weights_bytes)}, masters, moments and gradients "
+        f"of it weights {format_bytes(share.weights_bytes)}, masters, moments and gradients "
         f"{format_bytes(trained)}, activations {format_bytes(kept)}"
     )
 
 
 def with_fix(context: Context, finding: Finding, footprint: Footprint, row: RowShape, limit: int) -> Finding:
     """The finding with what would fit, tried in the order of what it costs; each was computed."""
-    fix = rows_fix(context.config, footprint, limit) or states_fix(context, row, limit)
+    fixes = [rows_fix(context.config, footprint, limit), engine_fix(context, footprint, limit)]
+    fix = " ".join(filter(None, fixes)) or states_fix(context, row, limit)
     if context.config.parts.settings("language_model"):
         fix = fix or adapter_fix(context, row, limit)
     fix = fix or "Nothing less fits: train fewer parts, lower data.max_seq_len, or take a larger GPU."
     return Finding(finding.check, finding.level, finding.message, finding.where, fix, finding.values)
+
+
+def engine_fix(context: Context, footprint: Footprint, limit: int) -> str:
+    """Weights and states in shards over the ranks at hand; "" where they are so already, or do not fit so."""
+    if context.num_ranks == 1 or context.engine == "fsdp":
+        return ""
+    spread, train = footprint.on_ranks("fsdp", context.num_ranks), context.config.train
+    fix = rows_fix(context.config, spread, limit, always=True)
+    peak = spread.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
+    return fix and f"Set engine: fsdp, with which it takes {format_bytes(peak)}{on_each(context)}. {fix}"
 
 
 def states_fix(context: Context, row: RowShape, limit: int) -> str:
@@ -137,7 +153,8 @@ def rows_fix(config: Config, footprint: Footprint, limit: int, always: bool = Fa
 def config_footprint(context: Context, config: Config, row: RowShape) -> Footprint:
     plan = resolve_plan(context.job.empty_model, config)
     model = planned_model(config.model, plan)
-    return estimate_footprint(model, plan, row, config.model.attention, config.train.optimizer_states)
+    alone = estimate_footprint(model, plan, row, config.model.attention, config.train.optimizer_states)
+    return alone.on_ranks(context.engine, context.num_ranks)
 
 
 def longest_row(context: Context) -> RowShape | None:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from partwise.config import Config, dump_config, load_config
 from partwise.errors import ConfigError
-from partwise.model.estimate import moment_bytes
+from partwise.model.shares import moment_bytes
 from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
 from partwise.tables import format_bytes

@@ -49,3 +49,38 @@ def test_the_page_shows_the_rows_and_nothing_was_lost() -> None:
         assert row["tried"] >= (50 if row["fault"] == "kill -9" else 10)
         counts = ("lost_steps", "lost_checkpoints", "other_results", "unclear_errors")
         assert not any(row[count] for count in counts), row
+
+
+@pytest.fixture
+def scaling(monkeypatch) -> dict:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return runpy.run_path(str(BENCHMARKS / "scaling.py"))
+
+
+def test_the_page_of_predictions_is_what_the_arithmetic_gives(scaling) -> None:
+    assert scaling["PAGE"].read_text() == scaling["page"]()
+
+
+def test_a_prediction_by_hand(scaling) -> None:
+    """Gemma-3-4B in full with fsdp on 64 GPUs, from its shape."""
+    attention = 2 * 2560 * 2048 + 2 * 2560 * 1024
+    layer = attention + 3 * 2560 * 10240 + 4 * 2560 + 2 * 256
+    layers, root = 34 * layer, 262208 * 2560 + 2560
+    case = scaling["case"]("Gemma-3-4B", "full")
+    assert (case.num_trained, case.num_gathered) == (layers + root, 2 * layers + root)
+    gathered, gradients = 2 * (2 * layers + root), 4 * (layers + root)
+    moves = scaling["moved"](case, "fsdp", 64)
+    assert moves.node == (gathered + gradients) * 7 / 8
+    assert moves.network == 2 * (gradients / 8) * 7 / 8
+    seconds = moves.node / 380e9 + moves.network / 50e9
+    assert moves.seconds == pytest.approx(seconds) == pytest.approx(0.1363, rel=1e-3)
+    compute = 4 * 2 * (layers + root) * 8192 / 400e12
+    cells = scaling["row"](case, "fsdp", 64).split(" | ")
+    assert cells[2:7] == ["25.99", "3.40", "136", f"{compute / (compute + seconds):.0%}", "1,756"]
+
+
+def test_collectives_move_what_the_others_have(scaling) -> None:
+    """Over any number of nodes a GPU receives all bytes but its own part, by one way or the other."""
+    for num_gpus in (8, 64, 512):
+        moves = scaling["collected"](1.0, num_gpus)
+        assert moves.node + moves.network == pytest.approx((num_gpus - 1) / num_gpus)

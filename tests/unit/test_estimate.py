@@ -12,6 +12,7 @@ from partwise.config import load_config
 from partwise.model.estimate import RowShape, estimate_footprint, planned_model
 from partwise.model.trace import saved_bytes
 from partwise.preflight import Context, memory
+from partwise.tables import format_bytes
 from partwise.training.job import Job
 from partwise.training.optim import Optimizer
 
@@ -70,10 +71,10 @@ def test_quantised_weights_and_packed_moments_are_counted_to_the_byte(job, is_do
             tables += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
             weights += sum(table.nbytes for table in tables)
     result = footprint(made)
-    assert result.weights_bytes == weights
+    assert result.share.weights_bytes == weights
     states = (optimizer.adamw.state[master] for master in optimizer.masters.values())
     moments = sum(value.nbytes for state in states for kind, value in state.items() if kind != "step")
-    assert result.moments_bytes == moments < 8 * sum(m.numel() for m in optimizer.masters.values())
+    assert result.share.moments_bytes == moments < 8 * sum(m.numel() for m in optimizer.masters.values())
     largest = max(linear.weight.numel() for linear in quantized_linears(made))
     assert result.largest_dequantized_bytes == 2 * largest
 
@@ -126,11 +127,36 @@ def test_the_largest_number_of_rows_is_the_last_that_fits(job, checkpointing) ->
     assert result.largest_num_rows(1, checkpointing, most=8) == 0
 
 
-def error_of(made: Job, monkeypatch, limit: int):
+def error_of(made: Job, monkeypatch, limit: int, **ranks):
     monkeypatch.setattr(memory, "device_bytes", lambda device: limit)
     made.__dict__["device"] = torch.device("cuda")
-    (finding,) = memory.check_memory(Context(made))
+    (finding,) = memory.check_memory(Context(made, **ranks))
     return finding
+
+
+def test_shards_are_advised_where_several_ranks_are_there(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "train.micro_batch_size=1")
+    whole = footprint(made, memory.longest_row(Context(made)))
+    spread = whole.on_ranks("fsdp", 8).peak_bytes(1, False)
+    limit = int(spread / 0.9) + 9
+    assert limit < whole.peak_bytes(1, True)
+    finding = error_of(made, monkeypatch, limit, engine="ddp", num_ranks=8)
+    assert f"takes about {format_bytes(whole.peak_bytes(1, False))} on each of 8 ranks" in finding.message
+    assert finding.fix.startswith(
+        f"Set engine: fsdp, with which it takes {format_bytes(spread)} on each of 8 ranks. "
+        "This would fit: train.micro_batch_size: 1"
+    )
+    assert "fsdp" not in error_of(made, monkeypatch, limit).fix
+    fits = error_of(made, monkeypatch, limit, engine="fsdp", num_ranks=8)
+    assert fits.level == "info" and fits.values["peak_bytes"] == spread
+    assert "fsdp" not in error_of(made, monkeypatch, 1000, engine="fsdp", num_ranks=8).fix
+
+
+def test_fewer_rows_and_shards_are_both_named(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "train.micro_batch_size=8")
+    limit = int(footprint(made, memory.longest_row(Context(made))).peak_bytes(3, False) / 0.9) + 9
+    fix = error_of(made, monkeypatch, limit, engine="ddp", num_ranks=8).fix
+    assert "This would fit: train.micro_batch_size: 3" in fix and "Set engine: fsdp" in fix
 
 
 def test_too_many_rows_for_a_gpu_is_an_error_with_what_fits(job, monkeypatch) -> None:
