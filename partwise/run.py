@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 
 from partwise.config import Config, dump_config
@@ -24,6 +25,7 @@ from partwise.lineage.verify import start_verification
 from partwise.model.load import LoadedModel
 from partwise.model.quantize import quantization_of
 from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
+from partwise.preflight.memory import fits_alone
 from partwise.preflight.resume import find_start
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
@@ -36,6 +38,10 @@ from partwise.training.proof import add_to_report
 
 CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
+UNCHECKED = (
+    "a step takes more memory than one rank has, so that none was tried before the training; that gradients "
+    "reach what trains, and nothing else, is proven after the first step"
+)
 
 
 def check(
@@ -128,17 +134,21 @@ def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Conso
     checkpoint = find_start(folder, config, resume)
     for torn in torn_checkpoints(folder):
         console.print(f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it")
-    context = Context(job, CHECKED_ROWS_BEFORE_TRAINING)
+    context = Context(job, CHECKED_ROWS_BEFORE_TRAINING, engine.name, engine.num_sharing)
     findings = [finding for check in CHECKS for finding in check(context)]
     show_plan(job, console)
     if engine.ranks.size > 1:
         console.print(f"engine {engine.name} on {engine.ranks.size} processes")
-    findings += [finding for check in MODEL_CHECKS for finding in check(context)]
+    fits = not engine.shards_weights or fits_alone(context)
+    findings += [finding for check in MODEL_CHECKS if fits for finding in check(context)]
+    if not fits:
+        findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
     refuse_errors(findings, console)
     write_run_folder(folder, job, findings)
     if resume:
         console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
-    return Start(checkpoint, job.manifest, context.loaded)
+    loaded = context.loaded if fits else job.open_model(torch.device("cpu"))
+    return Start(checkpoint, job.manifest, loaded)
 
 
 def open_for(job: Job, engine: Engine) -> LoadedModel:

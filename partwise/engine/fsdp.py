@@ -35,6 +35,10 @@ class Fsdp(Engine):
     shards_masters = True
     shards_weights = True
 
+    @property
+    def num_sharing(self) -> int:
+        return mesh_shape(self.ranks.size, self.ranks.local_size)[-1]
+
     def spread(
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -120,11 +124,15 @@ class Fsdp(Engine):
 
 
 def make_mesh(size: int, local_size: int, device: torch.device) -> DeviceMesh:
-    """Shards within a node, copies across nodes; on one node shards over all ranks."""
-    if local_size < size and size % local_size == 0 and local_size > 1:
-        shape = (size // local_size, local_size)
-        return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
-    return init_device_mesh(device.type, (size,), mesh_dim_names=("shards",))
+    shape = mesh_shape(size, local_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+
+
+def mesh_shape(size: int, local_size: int) -> tuple[int, ...]:
+    """Shards within a node, copies across nodes; on one node, or on nodes of one rank, shards over all."""
+    if 1 < local_size < size and size % local_size == 0:
+        return size // local_size, local_size
+    return (size,)
 
 
 def vision_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
