@@ -14,6 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from partwise.config import Config, dump_config
+from partwise.engine.join import joined
+from partwise.engine.launch import started_ranks
+from partwise.engine.ranks import Ranks
 from partwise.errors import CheckpointError, ConfigError, TrainingError
 from partwise.lineage.publish import replace_folder
 from partwise.lineage.verify import start_verification
@@ -62,13 +65,21 @@ def check(
     return findings
 
 
-def train(config: Config, resume: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: Config, resume: bool = False, console: Console | None = None, ranks: Ranks | None = None
+) -> Path:
     """Check, train, and return the run's final/ folder. A run that cannot learn does not start.
+
+    `ranks` are the processes that train; None means those that a launcher such as torchrun started, each of
+    which must call this, or this one alone. It starts none. An error on one of several ranks ends them all.
 
     Raises:
         UserError: as the checks and the training say; the run folder is made only after all checks passed.
         StoppedError: SIGTERM or SIGINT ended the training; it can be resumed.
     """
+    if ranks is None:
+        with joined(started_ranks()) as ranks:
+            return train(config, resume, console, ranks)
     console = console or Console(quiet=True)
     job = Job(config)
     folder = Path(config.output)

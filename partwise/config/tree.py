@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError
 
 from partwise.config.document import (
     Document,
@@ -50,22 +50,14 @@ class Config(Section):
     parts: PartsConfig = Field(description="What happens to each part of the model.")
     data: DataConfig = Field(description="The rows, and how long an example may be.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Steps, rates and what is saved.")
-    engine: Literal["auto", "single"] = Field(
-        "auto", description="Both train on one device: the GPU where there is one, else the CPU."
+    engine: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = Field(
+        "auto",
+        description="How several processes share the work. auto: single with one process, ddp with several.",
     )
     output: str = Field(min_length=1, description="The run folder. Relative to the working directory.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
     _expanded_flags: str | None = PrivateAttr(None)
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _check_engine(cls, value: Any) -> Any:
-        if value in ("ddp", "fsdp", "zero2", "zero3"):
-            raise ValueError(
-                "shards or copies over several devices; this version trains on one. Write engine: auto."
-            )
-        return value
 
     def __eq__(self, other: object) -> bool:
         """Equal settings; where they were written does not count."""
