@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-LAUNCH = "import sys; from partwise.engine.spawn import launch; sys.exit(launch(2, sys.argv[1:], 'ranks'))"
+LAUNCH = (
+    "import sys; from partwise.engine.spawn import launch; sys.exit(launch(2, sys.argv[2:], sys.argv[1]))"
+)
 Start = Callable[..., "list[subprocess.Popen[str]]"]
 
 
@@ -22,7 +24,7 @@ def by_launch(environment: dict[str, str], arguments: list[str]) -> list[subproc
 
 
 def by_torchrun(environment: dict[str, str], arguments: list[str]) -> list[subprocess.Popen[str]]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ranks"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     return [start([sys.executable, *torchrun, *arguments], environment)]
 
 
@@ -31,9 +33,7 @@ def by_srun(environment: dict[str, str], arguments: list[str]) -> list[subproces
     job = str(os.getpid() * 7 + time.monotonic_ns() % 1000)
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": job}
     return [
-        start(
-            [sys.executable, "-m", "ranks", *arguments], {**environment, **slurm, "SLURM_PROCID": str(rank)}
-        )
+        start([sys.executable, "-m", *arguments], {**environment, **slurm, "SLURM_PROCID": str(rank)})
         for rank in range(2)
     ]
 
@@ -58,7 +58,7 @@ class Run:
     def __init__(self, way: str, work: str, folder: Path, environment: dict[str, str]) -> None:
         self.folder, self.began = folder, time.monotonic()
         path = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
-        self.processes = WAYS[way]({**environment, "PYTHONPATH": path}, [work, str(folder)])
+        self.processes = WAYS[way]({**environment, "PYTHONPATH": path}, ["ranks", work, str(folder)])
 
     def wait_until_ready(self) -> None:
         while len(list(self.folder.glob("ready-*"))) < 2:
@@ -107,8 +107,9 @@ def test_ranks_meet(run: Callable[..., Run], way: str) -> None:
     assert sorted(done.out.splitlines()) == [f"rank {i} of 2, local {i} of 2, sum 3" for i in range(2)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("work", ["fail", "fail_beside"])
+@pytest.mark.parametrize(
+    ("way", "work"), [*((way, "fail_beside") for way in WAYS), ("launch", "fail"), ("srun", "fail")]
+)
 def test_a_fault_of_the_user_is_said_once_and_ends_all(run: Callable[..., Run], way: str, work: str) -> None:
     done = run(way, work).finish()
     message = "error: rank 1: data/train.jsonl:7: 3 images given, 2 placeholders in the messages.\n"
@@ -118,9 +119,8 @@ def test_a_fault_of_the_user_is_said_once_and_ends_all(run: Callable[..., Run], 
     assert done.codes == {1} and done.seconds < 15
 
 
-@pytest.mark.parametrize("way", ["launch", "srun"])
-def test_a_fault_of_ours_is_one_traceback(run: Callable[..., Run], way: str) -> None:
-    done = run(way, "crash").finish()
+def test_a_fault_of_ours_is_one_traceback(run: Callable[..., Run]) -> None:
+    done = run("launch", "crash").finish()
     assert done.err.startswith("rank 1 failed:\nTraceback") and done.err.count("Traceback") == 1
     assert done.err.endswith("ZeroDivisionError: a fault of ours\n")
     assert done.codes == {1} and done.seconds < 15
@@ -179,6 +179,21 @@ def test_a_second_signal_ends_a_rank_that_does_not_stop(run: Callable[..., Run])
         time.sleep(0.5)
     done = deaf.finish()
     assert done.codes == {130} and done.err == "" and done.seconds < 10
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_config_that_cannot_be_is_said_once(tmp_path: Path, environment: dict[str, str], way: str) -> None:
+    """By the command itself: before it starts any process, or by one of those that were started."""
+    config = tmp_path / "config.yaml"
+    config.write_text("model: {path: nowhere}\nparts: {language_model: full}\ndata: {train: rows.jsonl}\n")
+    command = ["partwise.cli", "train", str(config)]
+    if way == "launch":
+        processes = [start([sys.executable, "-m", *command, "--num-processes", "2"], environment)]
+    else:
+        processes = WAYS[way](environment, command)
+    errors = "".join(process.communicate(timeout=60)[1] for process in processes)
+    assert errors.count("output: missing") == 1 and errors.startswith("error: ")
+    assert {process.returncode for process in processes} == {1}
 
 
 def test_ranks_do_not_outlive_their_launcher(run: Callable[..., Run]) -> None:
