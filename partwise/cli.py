@@ -41,10 +41,10 @@ AcceptBase = Annotated[
 ]
 
 
-def console() -> Console:
+def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def with_accepted(overrides: list[str] | None, accept_base: bool) -> list[str]:
@@ -68,14 +68,42 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(
+            "--num-processes", min=1, help="Processes on this machine; default: one for each visible GPU."
+        ),
+    ] = None,
     accept_base: AcceptBase = False,
 ) -> None:
     """Check the config, train, and write the run folder with final/ in it."""
     with quick_imports():
-        from partwise import run
         from partwise.config import load_config
+        from partwise.engine.join import joined
+        from partwise.engine.launch import (
+            check_num_processes,
+            choose_num_processes,
+            resolve_engine,
+            started_ranks,
+        )
+        from partwise.engine.spawn import launch
 
-    run.train(load_config(config, with_accepted(overrides, accept_base)), resume=resume, console=console())
+    started = started_ranks()
+    if started is None:
+        settings = load_config(config, with_accepted(overrides, accept_base))
+        number = choose_num_processes(settings.engine, num_processes)
+        if number > 1:
+            raise typer.Exit(launch(number, sys.argv[1:]))
+    else:
+        check_num_processes(started, num_processes)
+    with quick_imports():
+        from partwise import run
+
+    # Whatever is wrong from here on is said by one of the processes.
+    with joined(started) as ranks:
+        settings = load_config(config, with_accepted(overrides, accept_base))
+        resolve_engine(settings.engine, ranks.size)
+        run.train(settings, resume=resume, console=console(quiet=not ranks.is_first), ranks=ranks)
 
 
 @app.command()

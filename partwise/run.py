@@ -16,7 +16,9 @@ import torch
 from rich.console import Console
 
 from partwise.config import Config, dump_config
-from partwise.engine.choose import make_engine, resolve_engine
+from partwise.engine.choose import make_engine
+from partwise.engine.join import joined
+from partwise.engine.launch import resolve_engine, started_ranks
 from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, ConfigError, TrainingError
@@ -77,13 +79,16 @@ def train(
 ) -> Path:
     """Check, train, and return the run's final/ folder. A run that cannot learn does not start.
 
-    With several ranks, all of them call it. The first one checks, prints and writes.
+    `ranks` are the processes that train; None means those that a launcher such as torchrun started, each of
+    which must call this, or this one alone. It starts none. An error on one of several ranks ends them all.
 
     Raises:
         UserError: as the checks and the training say; the run folder is made only after all checks passed.
         StoppedError: SIGTERM or SIGINT ended the training; it can be resumed.
     """
-    ranks = ranks or Ranks()
+    if ranks is None:
+        with joined(started_ranks()) as ranks:
+            return train(config, resume, console, ranks)
     console = (console if ranks.is_first else None) or Console(quiet=True)
     job, folder = Job(config, ranks), Path(config.output)
     engine = make_engine(resolve_engine(config.engine, ranks.size), ranks)

@@ -54,7 +54,7 @@ def check_engine(engine: str, parts: PartsConfig) -> Iterator[Fault]:
         yield Fault(
             "engine",
             f"engine: {engine} beside parts.{quantized[0]}.quantization: weights in 4 bits cannot be "
-            "cut into shards. Write engine: ddp, with which each GPU holds all of them, or remove the quantization.",
+            "cut into shards. Write engine: ddp, which copies them to each GPU, or remove the quantization.",
         )
 
 

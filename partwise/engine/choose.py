@@ -22,10 +22,3 @@ def make_engine(name: str, ranks: Ranks) -> Engine:
         return {"zero2": Zero2, "zero3": Zero3}[name](ranks)
     assert name == "single", name
     return Engine(ranks)
-
-
-def resolve_engine(name: str, num_ranks: int) -> str:
-    """What `auto` means with so many processes."""
-    if name != "auto":
-        return name
-    return "ddp" if num_ranks > 1 else "single"
