@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from partwise.records import PartsPlan
 
-# Elements that are summed or gathered at a time: 200 MB in fp32.
+# Elements that are summed, gathered or rounded at a time: 200 MB in fp32.
 BUCKET_ELEMENTS = 50_000_000
 # Tensors of at most so many elements are gathered once a step and then kept: norms, biases, small adapters.
 KEPT_ELEMENTS = 100_000
@@ -188,6 +188,8 @@ class Zero3(Zero):
         # It would replace torch's linear in the whole process by one that rounds 16-bit products once more.
         config["zero_optimization"] |= {
             "memory_efficient_linear": False,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "sub_group_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": KEPT_ELEMENTS,
         }
         return config
