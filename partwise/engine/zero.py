@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
     from partwise.records import PartsPlan
 
-# Elements that are summed or gathered at a time: 200 MB in fp32.
+# Elements that are summed, gathered or rounded at a time: 200 MB in fp32.
 BUCKET_ELEMENTS = 50_000_000
+# Tensors of at most so many elements are gathered once a step and then kept: norms, biases, small adapters.
+KEPT_ELEMENTS = 100_000
 
 
 class Zero(Engine):
@@ -173,7 +175,7 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """A rank has an equal piece of each tensor, padded at the end; a module gathers them when it runs."""
+    """A rank has an equal piece of each tensor, padded at the end; a module that runs gathers its weights."""
 
     name = "zero3"
     stage = 3
@@ -189,7 +191,12 @@ class Zero3(Zero):
     def _config(self) -> dict[str, Any]:
         config = super()._config()
         # It would replace torch's linear in the whole process by one that rounds 16-bit products once more.
-        config["zero_optimization"]["memory_efficient_linear"] = False
+        config["zero_optimization"] |= {
+            "memory_efficient_linear": False,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "sub_group_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": KEPT_ELEMENTS,
+        }
         return config
 
     def update(self, adamw: Any, masters: Mapping[str, Tensor], max_grad_norm: float, norm: Tensor) -> None:
@@ -201,7 +208,10 @@ class Zero3(Zero):
         return unpadded(parameter, safe_get_local_fp32_param(parameter).detach())
 
     def _gradient(self, parameter: Any, master: Tensor) -> Tensor:
-        return unpadded(parameter, safe_get_local_grad(parameter))
+        shard = safe_get_local_grad(parameter)
+        # DeepSpeed sums uninitialised padding, and would skip the step where its norm of that is not finite.
+        shard[master.numel() :].zero_()
+        return shard[: master.numel()]
 
     def stretch(self, name: str, parameter: Any) -> Stretch:
         if not is_partitioned(parameter):
