@@ -293,16 +293,33 @@ def main() -> None:
     """The entry point: user faults as text, exit code 1; an interrupt as 130, SIGTERM in training as 143."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    code = exit_code()
+    join = sys.modules.get("partwise.engine.join")
+    if join and join.has_connected:
+        # Communication libraries end threads while Python ends, and abort the process now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def exit_code() -> int:
+    """Of the command, once it has run."""
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except StoppedError as stop:
         print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        return 128 + stop.signal
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 if __name__ == "__main__":

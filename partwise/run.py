@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ import torch
 from rich.console import Console
 
 from partwise.config import Config, dump_config
-from partwise.engine.choose import make_engine
-from partwise.engine.join import joined
+from partwise.engine.choose import make_engine, needs_group
+from partwise.engine.join import connected_alone, joined
 from partwise.engine.launch import resolve_engine, started_ranks
 from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
@@ -89,9 +90,16 @@ def train(
     if ranks is None:
         with joined(started_ranks()) as ranks:
             return train(config, resume, console, ranks)
+    name = resolve_engine(config.engine, ranks.size)
+    with connected_alone() if needs_group(name) and ranks.size == 1 else nullcontext():
+        return train_with(make_engine(name, ranks), config, resume, console)
+
+
+def train_with(engine: Engine, config: Config, resume: bool, console: Console | None) -> Path:
+    """`train`, once the processes are connected."""
+    ranks = engine.ranks
     console = (console if ranks.is_first else None) or Console(quiet=True)
     job, folder = Job(config, ranks), Path(config.output)
-    engine = make_engine(resolve_engine(config.engine, ranks.size), ranks)
     start = prepare(job, engine, folder, resume, console) if ranks.is_first else None
     checkpoint, manifest = ranks.from_first(start and (start.checkpoint, start.manifest))
     loaded = start.loaded if start else open_for(job, engine)

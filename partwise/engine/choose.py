@@ -6,6 +6,11 @@ from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 
 
+def needs_group(name: str) -> bool:
+    """Whether the engine needs a process group, also for one process."""
+    return name not in ("single", "ddp")
+
+
 def make_engine(name: str, ranks: Ranks) -> Engine:
     """`name` is one of single, ddp, fsdp, zero2, zero3."""
     if name == "ddp":

@@ -28,6 +28,7 @@ HOST_TIMEOUT = timedelta(hours=2)
 DEVICE_TIMEOUT = timedelta(minutes=30)
 
 _joins = count()
+has_connected = False  # whether this process has had a process group
 
 
 @contextmanager
@@ -48,6 +49,8 @@ def joined(started: Started | None) -> Iterator[Ranks]:
             "this process has a torch.distributed process group already, and Partwise makes its own. Call "
             "partwise.train before init_process_group, or after destroy_process_group."
         )
+    global has_connected
+    has_connected = True
     with exported(started.variables()):
         store = dist.PrefixStore(f"partwise/{next(_joins)}", meet(started))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -75,14 +78,16 @@ def connected(started: Started, store: dist.Store) -> Iterator[Ranks]:
 
 
 @contextmanager
-def join_alone() -> Iterator[Ranks]:
-    """The Ranks of one process, in a process group of its own that uses no network."""
+def connected_alone() -> Iterator[None]:
+    """A block with a process group of this process alone, which uses no network: some engines need one."""
+    global has_connected
+    has_connected = True
     variables = Started(rank=0, size=1, local_rank=0, local_size=1).variables()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     with exported(variables):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
-            yield Ranks()
+            yield
         finally:
             dist.destroy_process_group()
 

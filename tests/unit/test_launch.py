@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from partwise.engine.join import check_gpus, exported, join_alone, joined, place_ranks
+from partwise.engine.join import check_gpus, connected_alone, exported, joined, place_ranks
 from partwise.engine.launch import (
     Started,
     check_num_processes,
@@ -192,8 +192,7 @@ def test_a_group_of_one(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for _ in range(2):
-        with join_alone() as ranks:
-            assert ranks == Ranks()
+        with connected_alone():
             total = torch.ones(1)
             torch.distributed.all_reduce(total)
             assert total == 1 and started_ranks() == Started(0, 1, 0, 1)
@@ -202,7 +201,7 @@ def test_a_group_of_one(monkeypatch):
 
 def test_a_group_of_another_is_left_alone():
     with (
-        join_alone(),
+        connected_alone(),
         pytest.raises(UserError, match=r"has a .* process group already"),
         joined(Started(0, 2, 0, 2, "localhost", 1)),
     ):
