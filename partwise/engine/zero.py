@@ -129,7 +129,7 @@ class Zero(Engine):
 
     def gathered(self, parameter: nn.Parameter) -> Tensor | None:
         """The whole weight on the CPU of rank 0, None on the others. All must call it."""
-        return parameter.detach().cpu() if self.ranks.is_first else None
+        return parameter.detach().to("cpu", copy=True) if self.ranks.is_first else None
 
     def total(self, values: Tensor) -> Tensor:
         return self.ranks.sum(values)
@@ -180,6 +180,9 @@ class Zero3(Zero):
 
     def spread(self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype) -> None:
         super().spread(model, plan, dtype)
+        mine = tensor_facts(model)
+        first = self.ranks.from_first(mine)
+        assert not self.ranks.any(mine != first), f"not rank 0's model: {sorted(set(mine) ^ set(first))[:3]}"
         self.kept_whole = skipped_modules(model, plan)
         partition(model, self.kept_whole, pick_device(), self._config())
 
@@ -228,6 +231,12 @@ class Zero3(Zero):
     def gathered(self, parameter: nn.Parameter) -> Tensor | None:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().to("cpu", copy=True) if self.ranks.is_first else None
+
+
+def tensor_facts(model: nn.Module) -> list[tuple[str, str, tuple[int, ...]]]:
+    """What must be the same on all ranks before values are sent: names, types, shapes; tied tensors once."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors]
 
 
 def skipped_modules(model: nn.Module, plan: PartsPlan) -> list[nn.Module]:
