@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -72,8 +72,13 @@ class Fsdp(Engine):
     def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> Tensor:
         result = self.net(inputs, labels)
         if not torch.is_grad_enabled():
-            self.net.reshard()  # the root waits for a backward pass that does not come
+            self._reshard()  # the root waits for a backward pass that does not come
         return result
+
+    def _reshard(self) -> None:
+        for module in self.net.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def backward(self, loss: Tensor) -> None:
         # Gradients are averaged over ranks, not summed.
@@ -87,6 +92,7 @@ class Fsdp(Engine):
         return masters, make_adamw(masters)
 
     def finish_gradients(self, masters: Mapping[str, Tensor]) -> set[str]:
+        self._reshard()  # a unit of which nothing trains is not resharded by its backward pass
         reached = {name for name, parameter in self.parameters.items() if parameter.grad is not None}
         for name in reached:
             masters[name].grad = self.local(self.parameters[name].grad)
