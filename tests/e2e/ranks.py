@@ -39,6 +39,14 @@ def crash(ranks: Ranks, folder: Path) -> None:
     dist.barrier()
 
 
+def fail_first(ranks: Ranks, folder: Path) -> None:
+    """The rank that holds the store which decides who was first."""
+    ranks.barrier()
+    if ranks.is_first:
+        raise DataError("data/train.jsonl:8: no messages.")
+    ranks.barrier()
+
+
 def fail_beside(ranks: Ranks, folder: Path) -> None:
     """The other rank waits where nothing that fails can wake it, as in a collective of NCCL."""
     if ranks.is_first:
@@ -99,7 +107,20 @@ def deaf(ranks: Ranks, folder: Path) -> None:
     wait(ranks, folder)
 
 
-WORKS = (meet, fail, fail_beside, fail_together, crash, die, die_beside, die_first, stop, wait, deaf)
+WORKS = (
+    meet,
+    fail,
+    fail_first,
+    fail_beside,
+    fail_together,
+    crash,
+    die,
+    die_beside,
+    die_first,
+    stop,
+    wait,
+    deaf,
+)
 
 
 def main() -> None:

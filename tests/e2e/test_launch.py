@@ -143,6 +143,13 @@ def test_a_killed_rank_ends_all(run: Callable[..., Run], way: str, message: str,
     assert 0 not in done.codes and done.seconds < 15
 
 
+def test_the_first_rank_fails_and_takes_the_store_with_it(run: Callable[..., Run]) -> None:
+    done = run("srun", "fail_first").finish()
+    lines = [line for line in done.err.splitlines() if "error:" in line]
+    assert lines == ["error: data/train.jsonl:8: no messages."] and "Traceback" not in done.err
+    assert done.codes == {1} and done.seconds < 15
+
+
 def test_the_first_rank_killed_takes_the_store_with_it(run: Callable[..., Run]) -> None:
     done = run("srun", "die_first").finish()
     lines = [line for line in done.err.splitlines() if line.startswith("error:")]
