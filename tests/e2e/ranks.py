@@ -44,7 +44,7 @@ def fail_first(ranks: Ranks, folder: Path) -> None:
     ranks.barrier()
     if ranks.is_first:
         raise DataError("data/train.jsonl:8: no messages.")
-    ranks.barrier()
+    time.sleep(600)
 
 
 def fail_beside(ranks: Ranks, folder: Path) -> None:
@@ -102,6 +102,13 @@ def wait(ranks: Ranks, folder: Path) -> None:
     ranks.barrier()
 
 
+def save(ranks: Ranks, folder: Path) -> None:
+    ranks.barrier()
+    if ranks.is_first:
+        time.sleep(1.0)
+        (folder / "saved").touch()
+
+
 def deaf(ranks: Ranks, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wait(ranks, folder)
@@ -120,6 +127,7 @@ WORKS = (
     stop,
     wait,
     deaf,
+    save,
 )
 
 
@@ -130,6 +138,8 @@ def main() -> None:
     try:
         with joined(started_ranks()) as ranks:
             work[sys.argv[1]](ranks, folder)
+        if sys.argv[1] == "save":
+            say("left when it was saved" if (folder / "saved").exists() else "left early")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
