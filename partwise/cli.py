@@ -293,6 +293,8 @@ def main() -> None:
     """The entry point: user faults as text, exit code 1; an interrupt as 130, SIGTERM in training as 143."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Where one of several processes ends, torch's C++ side writes a page about its socket in the others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = exit_code()
     join = sys.modules.get("partwise.engine.join")
     if join and join.has_connected:

@@ -52,13 +52,12 @@ def launch(num_processes: int, argv: Sequence[str], module: str = "partwise.cli"
 
 def start_process(started: Started, argv: Sequence[str], module: str) -> subprocess.Popen[bytes]:
     threads = max(1, len(os.sched_getaffinity(0)) // started.size) if hasattr(os, "sched_getaffinity") else 1
-    defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     own = {**started.variables(), "TORCHELASTIC_USE_AGENT_STORE": "True", LAUNCHER: str(os.getpid())}
     # `python -m` would import from the working directory first, which the command itself does not.
     safe = [] if {"", str(Path.cwd())} & set(sys.path) else ["-P"]
     return subprocess.Popen(
         [sys.executable, *safe, "-m", module, *argv],
-        env={**defaults, **os.environ, **own},
+        env={"OMP_NUM_THREADS": str(threads), **os.environ, **own},
         stdin=subprocess.DEVNULL,
         # A group of its own, so that a terminal's Ctrl-C comes once, and from here.
         process_group=0,

@@ -39,6 +39,14 @@ def crash(ranks: Ranks, folder: Path) -> None:
     dist.barrier()
 
 
+def fail_first(ranks: Ranks, folder: Path) -> None:
+    """The rank that holds the store which decides who was first."""
+    ranks.barrier()
+    if ranks.is_first:
+        raise DataError("data/train.jsonl:8: no messages.")
+    time.sleep(600)
+
+
 def fail_beside(ranks: Ranks, folder: Path) -> None:
     """The other rank waits where nothing that fails can wake it, as in a collective of NCCL."""
     if ranks.is_first:
@@ -94,12 +102,33 @@ def wait(ranks: Ranks, folder: Path) -> None:
     ranks.barrier()
 
 
+def save(ranks: Ranks, folder: Path) -> None:
+    ranks.barrier()
+    if ranks.is_first:
+        time.sleep(1.0)
+        (folder / "saved").touch()
+
+
 def deaf(ranks: Ranks, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wait(ranks, folder)
 
 
-WORKS = (meet, fail, fail_beside, fail_together, crash, die, die_beside, die_first, stop, wait, deaf)
+WORKS = (
+    meet,
+    fail,
+    fail_first,
+    fail_beside,
+    fail_together,
+    crash,
+    die,
+    die_beside,
+    die_first,
+    stop,
+    wait,
+    deaf,
+    save,
+)
 
 
 def main() -> None:
@@ -109,6 +138,8 @@ def main() -> None:
     try:
         with joined(started_ranks()) as ranks:
             work[sys.argv[1]](ranks, folder)
+        if sys.argv[1] == "save":
+            say("left when it was saved" if (folder / "saved").exists() else "left early")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -13,28 +13,30 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-LAUNCH = (
-    "import sys; from partwise.engine.spawn import launch; sys.exit(launch(2, sys.argv[2:], sys.argv[1]))"
-)
-Start = Callable[..., "list[subprocess.Popen[str]]"]
+LAUNCH = """
+import sys
+from partwise.engine.spawn import launch
+size, module, *arguments = sys.argv[1:]
+sys.exit(launch(int(size), arguments, module))
+"""
 
 
-def by_launch(environment: dict[str, str], arguments: list[str]) -> list[subprocess.Popen[str]]:
-    return [start([sys.executable, "-c", LAUNCH, *arguments], environment)]
+def by_launch(environment: dict[str, str], arguments: list[str], size: int) -> list[subprocess.Popen[str]]:
+    return [start([sys.executable, "-c", LAUNCH, str(size), *arguments], environment)]
 
 
-def by_torchrun(environment: dict[str, str], arguments: list[str]) -> list[subprocess.Popen[str]]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+def by_torchrun(environment: dict[str, str], arguments: list[str], size: int) -> list[subprocess.Popen[str]]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m"]
     return [start([sys.executable, *torchrun, *arguments], environment)]
 
 
-def by_srun(environment: dict[str, str], arguments: list[str]) -> list[subprocess.Popen[str]]:
+def by_srun(environment: dict[str, str], arguments: list[str], size: int) -> list[subprocess.Popen[str]]:
     """Each process by itself, with nothing but what Slurm sets."""
     job = str(os.getpid() * 7 + time.monotonic_ns() % 1000)
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": job}
+    slurm = {"SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": job}
     return [
         start([sys.executable, "-m", *arguments], {**environment, **slurm, "SLURM_PROCID": str(rank)})
-        for rank in range(2)
+        for rank in range(size)
     ]
 
 
@@ -55,10 +57,10 @@ def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[s
 class Run:
     """What was started in one way, and what it said."""
 
-    def __init__(self, way: str, work: str, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, way: str, work: str, folder: Path, environment: dict[str, str], size: int) -> None:
         self.folder, self.began = folder, time.monotonic()
         path = os.pathsep.join([str(HERE), environment.get("PYTHONPATH", "")])
-        self.processes = WAYS[way]({**environment, "PYTHONPATH": path}, ["ranks", work, str(folder)])
+        self.processes = WAYS[way]({**environment, "PYTHONPATH": path}, ["ranks", work, str(folder)], size)
 
     def wait_until_ready(self) -> None:
         while len(list(self.folder.glob("ready-*"))) < 2:
@@ -81,8 +83,8 @@ class Run:
 def run(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., Run]]:
     runs = []
 
-    def make(way: str, work: str) -> Run:
-        runs.append(Run(way, work, tmp_path, environment))
+    def make(way: str, work: str, size: int = 2) -> Run:
+        runs.append(Run(way, work, tmp_path, environment, size))
         return runs[-1]
 
     yield make
@@ -126,6 +128,13 @@ def test_a_fault_of_ours_is_one_traceback(run: Callable[..., Run]) -> None:
     assert done.codes == {1} and done.seconds < 15
 
 
+def test_no_rank_leaves_before_the_first_has_saved(run: Callable[..., Run]) -> None:
+    """torchrun would take the exit code of a stopped rank for a failure, and end the one that saves."""
+    done = run("launch", "save", size=3).finish()
+    assert done.codes == {0}, done.err
+    assert done.out.splitlines() == ["left when it was saved"] * 3
+
+
 def test_a_fault_of_all_is_said_once(run: Callable[..., Run]) -> None:
     done = run("launch", "fail_together").finish()
     assert done.err.count("no such file") == 1 and len(done.err.splitlines()) == 1
@@ -141,6 +150,13 @@ def test_a_killed_rank_ends_all(run: Callable[..., Run], way: str, message: str,
     (line,) = done.err.splitlines()
     assert line.startswith("error: rank 1 (process ") and message in line and "--resume" in line
     assert 0 not in done.codes and done.seconds < 15
+
+
+def test_the_first_rank_fails_and_takes_the_store_with_it(run: Callable[..., Run]) -> None:
+    done = run("srun", "fail_first").finish()
+    lines = [line for line in done.err.splitlines() if "error:" in line]
+    assert lines == ["error: data/train.jsonl:8: no messages."] and "Traceback" not in done.err
+    assert done.codes == {1} and done.seconds < 15
 
 
 def test_the_first_rank_killed_takes_the_store_with_it(run: Callable[..., Run]) -> None:
@@ -190,7 +206,7 @@ def test_a_config_that_cannot_be_is_said_once(tmp_path: Path, environment: dict[
     if way == "launch":
         processes = [start([sys.executable, "-m", *command, "--num-processes", "2"], environment)]
     else:
-        processes = WAYS[way](environment, command)
+        processes = WAYS[way](environment, command, 2)
     errors = "".join(process.communicate(timeout=60)[1] for process in processes)
     assert errors.count("output: missing") == 1 and errors.startswith("error: ")
     assert {process.returncode for process in processes} == {1}
