@@ -36,6 +36,12 @@ Overrides = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that ships in the model folder.")
 ]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-processes", min=1, help="Processes on this machine; default: one for each visible GPU."
+    ),
+]
 AcceptBase = Annotated[
     bool, typer.Option("--accept-base", help="Go on though the base is not the one an adapter is of.")
 ]
@@ -68,12 +74,7 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(
-            "--num-processes", min=1, help="Processes on this machine; default: one for each visible GPU."
-        ),
-    ] = None,
+    num_processes: NumProcesses = None,
     accept_base: AcceptBase = False,
 ) -> None:
     """Check the config, train, and write the run folder with final/ in it."""
@@ -115,6 +116,7 @@ def check(
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Id of a check; may repeat.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the findings as JSON, too.")] = None,
     list_checks: Annotated[bool, typer.Option("--list", help="Print the checks and their ids.")] = False,
+    num_processes: NumProcesses = None,
     accept_base: AcceptBase = False,
 ) -> None:
     """Say whether this run will learn what its config says, without training."""
@@ -131,7 +133,7 @@ def check(
         from partwise.config import load_config
 
     settings = load_config(config, with_accepted(overrides, accept_base))
-    findings = run.check(settings, full, only or (), skip or (), report, console())
+    findings = run.check(settings, full, only or (), skip or (), report, console(), num_processes)
     if run.has_errors(findings):
         raise typer.Exit(1)
 

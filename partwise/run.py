@@ -19,7 +19,7 @@ from rich.console import Console
 from partwise.config import Config, dump_config
 from partwise.engine.choose import make_engine, needs_group
 from partwise.engine.join import connected_alone, joined
-from partwise.engine.launch import resolve_engine, started_ranks
+from partwise.engine.launch import choose_num_processes, resolve_engine, started_ranks
 from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, ConfigError, TrainingError
@@ -54,21 +54,28 @@ def check(
     skip: Sequence[str] = (),
     report: Path | None = None,
     console: Console | None = None,
+    num_processes: int | None = None,
 ) -> list[Finding]:
     """All findings, printed as paragraphs; nothing is written but `report`, a JSON file of the same content.
 
-    `full` reads every row instead of a sample; `only` and `skip` are ids of checks.
+    `full` reads every row instead of a sample; `only` and `skip` are ids of checks. Memory is judged for the
+    engine on `num_processes`, or one for each visible GPU; everything else is tried in this process.
 
     Raises:
         ConfigError: an id is unknown, or the report cannot be written.
     """
     console = console or Console(quiet=True)
     cheap, dear = select_checks(only, skip)
-    context = Context(Job(config), None if full else CHECKED_ROWS)
+    number = choose_num_processes(config.engine, num_processes)
+    engine = resolve_engine(config.engine, number)
+    context = Context(Job(config), None if full else CHECKED_ROWS, engine, number)
     findings = collect_findings(context, cheap)
     if not has_errors(findings):
         show_plan(context.job, console)
-        findings += collect_findings(context, dear)
+        if number == 1 or fits_alone(context):
+            findings += collect_findings(context, dear)
+        else:
+            findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
     if report:
         write_report(report, findings)
     console.print(findings_text(findings), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from engines import curve, train_curve
 from partwise.engine.ranks import Ranks
 
 SCRIPT = Path(__file__).with_name("engines.py")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
 LORA = {"mode": "lora", "lora_rank": 4}
 FULL = {"vision_tower": "full", "projector": "full", "language_model": "full"}
@@ -100,18 +102,42 @@ def references(configs: Callable, tmp_path_factory: Any) -> Callable[[str], list
 def run_on_ranks(num_ranks: int, jobs: list, folder: Path) -> None:
     """All jobs, one after the other, on so many processes."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_ranks),
-    ]
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
         [*command, str(SCRIPT), str(folder / "jobs.json")], capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 0, done.stderr[:3000]
+
+
+def run_on_nodes(jobs: list, folder: Path) -> None:
+    """The same on two nodes of two processes, as far as the processes can tell."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = [
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "2",
+    ]
+    nodes = [
+        subprocess.Popen(
+            [
+                *(*TORCHRUN, *meeting, "--nnodes", "2", "--nproc_per_node", "2", "--node_rank", str(node)),
+                *(str(SCRIPT), str(folder / "jobs.json")),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [node.communicate(timeout=540)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][:3000]
 
 
 def worst(found: list, expected: list) -> tuple[float, float]:
@@ -148,3 +174,12 @@ def test_a_run_goes_on_with_another_engine_and_number_of_ranks(cell, configs, re
     for _, values, _ in [*jobs, *three]:
         losses, norms = worst(curve(Path(values["output"])), references(cell, NUM_RESUMED_STEPS))
         assert losses < 1e-4 and norms < 1e-3, (values["output"], losses, norms)
+
+
+def test_fsdp_shards_within_a_node_and_copies_across(configs, references, tmp_path):
+    """Also through a checkpoint, whose shards are there twice."""
+    train = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9}
+    values = configs("full", tmp_path / "run", **train)
+    run_on_nodes([["fsdp", values, 0], ["fsdp", values, 6]], tmp_path)
+    losses, norms = worst(curve(tmp_path / "run"), references("full", NUM_RESUMED_STEPS))
+    assert losses < 1e-4 and norms < 1e-3
