@@ -8,28 +8,34 @@ must not know one that a rank may skip.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+
+from partwise.engine.ranks import Ranks
+from partwise.engine.receive import Receiver
 
 
 def partition(
-    model: nn.Module, kept_whole: Sequence[nn.Module], device: torch.device, config: dict[str, Any]
+    model: nn.Module,
+    kept_whole: Sequence[nn.Module],
+    ranks: Ranks,
+    device: torch.device,
+    config: dict[str, Any],
 ) -> None:
     """Partition the model's parameters, except those of `kept_whole`. All ranks must call it."""
-    for module in model.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = receive(arrive(buffer, device))
-    for parameter in arriving((module for root in kept_whole for module in root.modules()), device):
-        receive(parameter)
+    receiver = Receiver(model, ranks, device)
+    for module in kept_whole:
+        receiver.receive(module)
     with hidden(model, kept_whole):
-        deepspeed.zero.Init(module=Arriving(list(model.modules()), device), config_dict_or_path=config)
+        modules = list(model.modules())
+        for module in modules:
+            receiver.receive_buffers(module)
+        deepspeed.zero.Init(module=Arriving(receiver, modules), config_dict_or_path=config)
 
 
 @contextmanager
@@ -54,37 +60,9 @@ def hidden(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
 class Arriving(nn.Module):
     """The parameters of some modules for DeepSpeed: each arrives when the one before is in shards."""
 
-    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
+    def __init__(self, receiver: Receiver, modules: list[nn.Module]) -> None:
         super().__init__()
-        self.arriving = lambda: arriving(modules, device)
+        self.arriving = lambda: (p for module in modules for p in receiver.arriving(module))
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.arriving()
-
-
-def arriving(modules: Iterable[nn.Module], device: torch.device) -> Iterator[nn.Parameter]:
-    """Each parameter once, on the device; tied ones stay tied. Only rank 0's have their values."""
-    arrived: dict[nn.Parameter, nn.Parameter] = {}
-    for module in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in arrived:
-                arrived[parameter] = arrive(parameter, device)
-                yield arrived[parameter]
-            module._parameters[key] = arrived[parameter]
-
-
-def arrive(tensor: Any, device: torch.device) -> Any:
-    """The tensor, on the device; in place of one on the meta device a new one, without values."""
-    if not tensor.is_meta:
-        tensor.data = tensor.data.to(device).contiguous()
-        return tensor
-    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-
-def receive(tensor: Tensor) -> Tensor:
-    """The tensor with rank 0's values."""
-    dist.broadcast(tensor.data.view(-1).view(torch.uint8), 0)
-    return tensor

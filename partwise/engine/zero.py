@@ -185,11 +185,8 @@ class Zero3(Zero):
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().spread(model, plan, dtype, device)
-        mine = tensor_facts(model)
-        first = self.ranks.from_first(mine)
-        assert not self.ranks.any(mine != first), f"not rank 0's model: {sorted(set(mine) ^ set(first))[:3]}"
         self.kept_whole = skipped_modules(model, plan)
-        partition(model, self.kept_whole, device, self._config())
+        partition(model, self.kept_whole, self.ranks, device, self._config())
 
     def _config(self) -> dict[str, Any]:
         config = super()._config()
@@ -238,12 +235,6 @@ class Zero3(Zero):
             return super().whole(tensor)
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().to("cpu", copy=True)
-
-
-def tensor_facts(model: nn.Module) -> list[tuple[str, str, tuple[int, ...]]]:
-    """What must be the same on all ranks before values are sent: names, types, shapes; tied tensors once."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors]
 
 
 def skipped_modules(model: nn.Module, plan: PartsPlan) -> list[nn.Module]:

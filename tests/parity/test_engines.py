@@ -115,16 +115,7 @@ def run_on_nodes(jobs: list, folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = [
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
-        "--nnodes",
-        "2",
-        "--nproc_per_node",
-        "2",
-    ]
+    meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     nodes = [
         subprocess.Popen(
             [

@@ -151,7 +151,7 @@ def compare(folder: str, plan_name: str, engine: Engine, rows: Rows) -> dict[str
         many.step(batches[ranks.rank], totals)
     expected, found = one.wholes(), many.wholes()
     weights = {name: p.detach() for name, p in one.model.named_parameters()}
-    gathered = {name: engine.gathered(p) for name, p in many.model.named_parameters()}
+    gathered = {name: engine.whole(p).cpu() for name, p in many.model.named_parameters()}
     results = {
         "losses": [list(one.losses), list(many.losses)],
         "norms": [list(one.norms), list(many.norms)],
