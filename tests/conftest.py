@@ -14,6 +14,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+# The files that take longest begin first: two processes then end at about the same time.
+LONGEST = ("test_readme", "test_engines", "test_families", "test_launch", "test_zero", "test_comparison")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:

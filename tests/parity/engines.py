@@ -9,6 +9,7 @@ for what one process gives. Nothing is checked before and nothing verified after
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,4 @@ def main(jobs_file: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    os._exit(0)  # as the command does: communication libraries may abort while Python ends

@@ -27,9 +27,11 @@ FULL = {"vision_tower": "full", "projector": "full", "language_model": "full"}
 CELLS: dict[str, tuple[dict[str, Any], str]] = {
     "full": (FULL, "mixed"),
     "full, text": (FULL, "text"),
+    "full, images": (FULL, "images"),
     "frozen vision": ({"language_model": "full"}, "mixed"),
     "projector": ({"projector": "full"}, "mixed"),
     "lora": ({"vision_tower": LORA, "projector": "full", "language_model": LORA}, "mixed"),
+    "lora, text": ({"language_model": LORA}, "text"),
     "lora, images": ({"projector": "full", "language_model": LORA}, "images"),
 }
 ON_FOUR = ("full", "lora")

@@ -8,6 +8,7 @@ On the CPU. Each rank computes the reference for itself: one process that has al
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -236,3 +237,5 @@ def main(folder: str, stage: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # as the command does: communication libraries may abort while Python ends
