@@ -14,13 +14,13 @@ from torch import Tensor
 
 from partwise.data.chat import ChatFormat, read_pictures
 from partwise.data.collate import collate
-from partwise.data.template import Span, tokenizer_of
+from partwise.data.template import tokenizer_of
 from partwise.errors import UserError
 from partwise.model.load import load_processor
 from partwise.preflight.context import Context
 from partwise.preflight.measure import Patient
 from partwise.preflight.probe import conversation_at, examples_at
-from partwise.records import IGNORE_INDEX, Batch, Example, Message, Text
+from partwise.records import IGNORE_INDEX, Batch, Example, Message, Span, Text
 
 
 def make_patient(context: Context, places: list[int]) -> Patient:
