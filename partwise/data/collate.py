@@ -23,17 +23,22 @@ from partwise.records import IGNORE_INDEX, Batch, Example
 def micro_batches(
     examples: Sequence[Example], pad_token_id: int, micro_batch_size: int, packs: PackFormat | None = None
 ) -> tuple[Batch, ...]:
-    """The examples as a step's micro-batches, the longest first.
+    """The examples as a step's micro-batches, the longest first."""
+    groups = group_rows([len(example.input_ids) for example in examples], micro_batch_size, packs)
+    return tuple(collate([examples[i] for i in group], pad_token_id, packs) for group in groups)
+
+
+def group_rows(
+    lengths: Sequence[int], micro_batch_size: int, packs: PackFormat | None = None
+) -> list[list[int]]:
+    """For each micro-batch of a step its positions in `lengths`, the longest first.
 
     Rows of like length share one, which leaves less padding; packs hold as many rows as they have room for.
     """
-    lengths = [len(example.input_ids) for example in examples]
     if packs is not None:
-        groups = plan_packs(lengths, packs.max_tokens)
-    else:
-        order = sorted(range(len(examples)), key=lambda position: -lengths[position])
-        groups = [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
-    return tuple(collate([examples[i] for i in group], pad_token_id, packs) for group in groups)
+        return plan_packs(lengths, packs.max_tokens)
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, packs: PackFormat | None = None) -> Batch:

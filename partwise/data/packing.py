@@ -27,7 +27,7 @@ class PackFormat:
     """How a model's packs are made. May be sent to other processes.
 
     `image_field`: the token field whose runs of ones see each other in both directions, where the model has
-    one. `positions` gives an example's positions, (axes, 1, T), where the model counts them along several axes.
+    one. `positions` gives an example's positions, (axes, 1, T), where the model counts along several axes.
     """
 
     max_tokens: int

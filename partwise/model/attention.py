@@ -27,10 +27,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from partwise.records import Pack
+from partwise.families import PACKED_TYPES
+from partwise.records import Example, Pack
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PACKED = "partwise_packed"
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -285,6 +286,19 @@ AttentionInterface.register(PACKED, attend)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
+def packing_obstacle(config: PreTrainedConfig, attention: str) -> str:
+    """Why rows of a model cannot be packed under `model.attention`; "" where they can."""
+    decoder = config.get_text_config()
+    types = {config.model_type, decoder.model_type}
+    if not types <= PACKED_TYPES or getattr(config, "auto_map", None):
+        return f"Partwise does not have the attention mask of {config.model_type} models for packs"
+    if getattr(decoder, "use_bidirectional_attention", False):
+        return "its decoder looks at later tokens"
+    if getattr(decoder, "attn_logit_softcapping", None) is not None:
+        return "its decoder squashes the scores of attention"
+    return "" if attention == "sdpa" else f"model.attention is {attention}"
+
+
 def use_packed_attention(model: PreTrainedModel) -> None:
     """The decoder attends by PACKED; towers keep their own attention."""
     has_towers = "text_config" in model.config.sub_configs
@@ -299,3 +313,15 @@ def plain_attention(model: PreTrainedModel) -> str:
     """The model's attention as plain transformers knows it, for rows that are no pack."""
     used = model.config._attn_implementation
     return "sdpa" if used == PACKED else used
+
+
+def grid_positions(model: PreTrainedModel, example: Example) -> Tensor:
+    """The example's positions along time, height and width, (3, 1, T), from the model's own rule.
+
+    `model` may be on the meta device: only its config is read.
+    """
+    grids = {name: value for name, value in example.media.items() if name.endswith("_grid_thw")}
+    if not grids:
+        return torch.arange(len(example.input_ids)).expand(3, 1, -1)
+    fields = {name: field[None] for name, field in example.token_fields.items()}
+    return model.base_model.get_rope_index(example.input_ids[None], **fields, **grids)[0]
