@@ -34,12 +34,16 @@ LAYER_BACKWARD_FRACTION = 0.5
 
 @dataclass(frozen=True)
 class RowShape:
-    """The longest row. A tile is what the tower sees at once: (channels, height, width), or (values,)."""
+    """The longest row. A tile is what the tower sees at once: (channels, height, width), or (values,).
+
+    `most_rows`: no micro-batch ever has as much as more of such rows.
+    """
 
     num_tokens: int
     num_target_tokens: int
     tile_shape: tuple[int, ...] = ()
     num_tiles: int = 0
+    most_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Footprint:
     largest_dequantized_bytes: int
     num_target_tokens: int
     logit_row_bytes: int
+    most_rows: int | None = None
 
     def on_ranks(self, engine: str, num_ranks: int, offload_optimizer: bool = False) -> Footprint:
         """The same step on each of `num_ranks` ranks that share one copy of the model."""
@@ -96,6 +101,7 @@ class Footprint:
     def peak_bytes(self, num_rows: int, checkpointing: bool) -> int:
         """The predicted peak of a step with `num_rows` such rows in each micro-batch of a rank."""
         passing = self.share.passing
+        num_rows = min(num_rows, self.most_rows or num_rows)
         running = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, checkpointing))
         backward = self.activations_bytes(num_rows, checkpointing) + passing.waiting_bytes + running
         return self.fixed_bytes + passing.gathered_bytes + max(backward, passing.last_bytes)
@@ -133,6 +139,7 @@ def estimate_footprint(
         largest_dequantized_bytes=max((p.numel() * p.dtype.itemsize for p in packed), default=0),
         num_target_tokens=row.num_target_tokens,
         logit_row_bytes=LOGIT_BYTES * model.get_output_embeddings().weight.shape[0],
+        most_rows=row.most_rows,
     )
 
 
