@@ -126,9 +126,9 @@ class DataConfig(Section):
     )
     packing: bool | None = Field(
         None,
-        description="A micro-batch is rows one after the other, at most micro_batch_size * max_seq_len tokens, "
-        "instead of padded rows. By default wherever Partwise has the model's attention mask exactly; true is "
-        "an error elsewhere.",
+        description="A micro-batch is rows one after the other, at most micro_batch_size * max_seq_len "
+        "tokens, instead of padded rows. Default: wherever the model's attention mask is known exactly; true "
+        "is an error elsewhere.",
     )
     num_workers: int = Field(
         2,
