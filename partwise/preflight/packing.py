@@ -33,8 +33,8 @@ def check_packing(context: Context) -> list[Finding]:
     padded = padded_fraction(context, [lengths[place] for group in groups for place in group])
     number = "1 pack" if len(groups) == 1 else f"{len(groups)} packs"
     text = (
-        f"rows are packed: {sum(map(len, groups))} rows make {number} of up to {max(loads):,} tokens, of which "
-        f"{1 - packed:.1%} is padding; padded rows would have {1 - padded:.0%}"
+        f"rows are packed: {sum(map(len, groups))} rows make {number} of up to {max(loads):,} tokens, "
+        f"{1 - packed:.1%} of it padding; of padded rows it would be {1 - padded:.0%}"
     )
     values = {"num_packs": len(groups), "packed_fraction": packed, "padded_fraction": padded}
     return [Finding("packing", "info", text, where, values=values)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -59,10 +60,10 @@ class PlainKernel:
 
     def problems(self, query: Tensor, key: Tensor, pieces: Stretches):
         starts = pieces.starts.tolist()
-        assert pieces.longest == max(b - a for a, b in zip(starts, starts[1:], strict=False))
+        assert pieces.longest == max(end - start for start, end in pairwise(starts))
         assert starts[-1] == len(query)
         num_shared = query.shape[1] // key.shape[1]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             for head in range(query.shape[1]):
                 yield slice(start, end), head, head // num_shared
 
