@@ -46,7 +46,7 @@ def test_packs_are_full_few_and_alike(mix, num_rows):
         least = math.ceil(sum(lengths) / PACK_TOKENS)
         assert len(groups) <= least + (sum(lengths) > 0.98 * least * PACK_TOKENS)
         assert sum(loads) / sum(packs.padded_length(load) for load in loads) > 0.97
-        assert loads[-1] > 0.8 * loads[0]
+        assert loads[-1] > 0.6 * loads[0]
 
 
 def test_the_worked_examples():
