@@ -149,8 +149,8 @@ class FlashKernel:
             longest,
             0.0,
             True,
-            # The state of dropout, which there is none of.
-            torch.zeros(2, dtype=torch.uint64, device=query.device),
+            # The state of dropout: there is none, and nobody reads it.
+            torch.empty(2, dtype=torch.uint64, device=query.device),
             torch.empty(0, device=query.device),
             scale=scale,
             window_size_left=-1 if window is None else window - 1,

@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from partwise.data.align import align_batches
@@ -235,3 +237,31 @@ def test_a_model_with_other_attention_refuses_packs(open_tiny):
     batch = collate(tiny.examples, PAD, pack_format(tiny.model))
     with pytest.raises(AssertionError, match="would see each other"):
         model_inputs(tiny.model, batch, CPU)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that any operation gives."""
+
+    num_numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.num_numbers = max(self.num_numbers, leaf.numel())
+        return result
+
+
+def test_no_tensor_of_a_step_has_all_tokens_by_all_tokens(open_tiny):
+    tiny = open_tiny("gemma3", ROWS)
+    use_packed_attention(tiny.model)
+    batch = collate(tiny.examples * 8, PAD, pack_format(tiny.model))
+    num_tokens = batch.input_ids.shape[1]
+    with Largest() as largest:
+        batch_loss_sum(tiny.model, batch, CPU).backward()
+    # The widest that must be there are images and logits.
+    expected = max(batch.media["pixel_values"].numel() * 16, num_tokens * 256)
+    assert largest.num_numbers < num_tokens**2 and largest.num_numbers <= expected
+    with Largest() as largest:
+        tiny.model(**model_inputs(tiny.model, collate(tiny.examples[:1], PAD), CPU))
+    assert 0 < largest.num_numbers < num_tokens**2
