@@ -259,9 +259,4 @@ def test_no_tensor_of_a_step_has_all_tokens_by_all_tokens(open_tiny):
     num_tokens = batch.input_ids.shape[1]
     with Largest() as largest:
         batch_loss_sum(tiny.model, batch, CPU).backward()
-    # The widest that must be there are images and logits.
-    expected = max(batch.media["pixel_values"].numel() * 16, num_tokens * 256)
-    assert largest.num_numbers < num_tokens**2 and largest.num_numbers <= expected
-    with Largest() as largest:
-        tiny.model(**model_inputs(tiny.model, collate(tiny.examples[:1], PAD), CPU))
-    assert 0 < largest.num_numbers < num_tokens**2
+    assert 0 < largest.num_numbers < num_tokens**2 / 4
