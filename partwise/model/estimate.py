@@ -84,24 +84,27 @@ class Footprint:
         """What does not depend on the rows."""
         return self.share.fixed_bytes
 
+    def at_most(self, num_rows: int) -> int:
+        """As many rows as a micro-batch really has where it has room for `num_rows`."""
+        return min(num_rows, self.most_rows or num_rows)
+
     def activations_bytes(self, num_rows: int, checkpointing: bool) -> int:
         tower = self.tower.bytes(checkpointing) if self.tower_trains else 0
-        return num_rows * (self.decoder.bytes(checkpointing) + tower)
+        return self.at_most(num_rows) * (self.decoder.bytes(checkpointing) + tower)
 
     def head_bytes(self, num_rows: int) -> int:
-        rows = min(CHUNK_ROWS, num_rows * self.num_target_tokens)
+        rows = min(CHUNK_ROWS, self.at_most(num_rows) * self.num_target_tokens)
         return rows * self.logit_row_bytes + self.share.passing.head_bytes
 
     def layer_bytes(self, num_rows: int, checkpointing: bool) -> int:
         """The layer that runs: its gradients, and its own activations where they were not kept."""
         layer = max(self.decoder.layer_bytes, self.tower.layer_bytes)
-        activations = int(num_rows * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
+        activations = int(self.at_most(num_rows) * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
         return activations + self.largest_dequantized_bytes + self.share.passing.layer_bytes
 
     def peak_bytes(self, num_rows: int, checkpointing: bool) -> int:
         """The predicted peak of a step with `num_rows` such rows in each micro-batch of a rank."""
         passing = self.share.passing
-        num_rows = min(num_rows, self.most_rows or num_rows)
         running = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, checkpointing))
         backward = self.activations_bytes(num_rows, checkpointing) + passing.waiting_bytes + running
         return self.fixed_bytes + passing.gathered_bytes + max(backward, passing.last_bytes)
