@@ -36,15 +36,21 @@ Overrides = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that ships in the model folder.")
 ]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--num-processes", min=1, help="Processes on this machine; default: one for each visible GPU."
+    ),
+]
 AcceptBase = Annotated[
     bool, typer.Option("--accept-base", help="Go on though the base is not the one an adapter is of.")
 ]
 
 
-def console() -> Console:
+def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def with_accepted(overrides: list[str] | None, accept_base: bool) -> list[str]:
@@ -68,14 +74,37 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    num_processes: NumProcesses = None,
     accept_base: AcceptBase = False,
 ) -> None:
     """Check the config, train, and write the run folder with final/ in it."""
     with quick_imports():
-        from partwise import run
         from partwise.config import load_config
+        from partwise.engine.join import joined
+        from partwise.engine.launch import (
+            check_num_processes,
+            choose_num_processes,
+            resolve_engine,
+            started_ranks,
+        )
+        from partwise.engine.spawn import launch
 
-    run.train(load_config(config, with_accepted(overrides, accept_base)), resume=resume, console=console())
+    started = started_ranks()
+    if started is None:
+        settings = load_config(config, with_accepted(overrides, accept_base))
+        number = choose_num_processes(settings.engine, num_processes)
+        if number > 1:
+            raise typer.Exit(launch(number, sys.argv[1:]))
+    else:
+        check_num_processes(started, num_processes)
+    with quick_imports():
+        from partwise import run
+
+    # Whatever is wrong from here on is said by one of the processes.
+    with joined(started) as ranks:
+        settings = load_config(config, with_accepted(overrides, accept_base))
+        resolve_engine(settings.engine, ranks.size)
+        run.train(settings, resume=resume, console=console(quiet=not ranks.is_first), ranks=ranks)
 
 
 @app.command()
@@ -87,6 +116,7 @@ def check(
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Id of a check; may repeat.")] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write the findings as JSON, too.")] = None,
     list_checks: Annotated[bool, typer.Option("--list", help="Print the checks and their ids.")] = False,
+    num_processes: NumProcesses = None,
     accept_base: AcceptBase = False,
 ) -> None:
     """Say whether this run will learn what its config says, without training."""
@@ -103,7 +133,7 @@ def check(
         from partwise.config import load_config
 
     settings = load_config(config, with_accepted(overrides, accept_base))
-    findings = run.check(settings, full, only or (), skip or (), report, console())
+    findings = run.check(settings, full, only or (), skip or (), report, console(), num_processes)
     if run.has_errors(findings):
         raise typer.Exit(1)
 
@@ -265,16 +295,35 @@ def main() -> None:
     """The entry point: user faults as text, exit code 1; an interrupt as 130, SIGTERM in training as 143."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Where one of several processes ends, torch's C++ side writes a page about its socket in the others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    code = exit_code()
+    join = sys.modules.get("partwise.engine.join")
+    if join and join.has_connected:
+        # Communication libraries end threads while Python ends, and abort the process now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def exit_code() -> int:
+    """Of the command, once it has run."""
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except StoppedError as stop:
         print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        return 128 + stop.signal
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 
 from partwise.config import Config, dump_config
-from partwise.engine.choose import make_engine, resolve_engine
+from partwise.engine.choose import make_engine, needs_group
+from partwise.engine.join import connected_alone, joined
+from partwise.engine.launch import choose_num_processes, resolve_engine, started_ranks
 from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, ConfigError, TrainingError
@@ -24,6 +28,7 @@ from partwise.lineage.verify import start_verification
 from partwise.model.load import LoadedModel
 from partwise.model.quantize import quantization_of
 from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
+from partwise.preflight.memory import fits_alone
 from partwise.preflight.resume import find_start
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
@@ -36,6 +41,10 @@ from partwise.training.proof import add_to_report
 
 CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
+UNCHECKED = (
+    "a step takes more memory than one rank has, so that none was tried before the training; that gradients "
+    "reach what trains, and nothing else, is proven after the first step"
+)
 
 
 def check(
@@ -45,21 +54,28 @@ def check(
     skip: Sequence[str] = (),
     report: Path | None = None,
     console: Console | None = None,
+    num_processes: int | None = None,
 ) -> list[Finding]:
     """All findings, printed as paragraphs; nothing is written but `report`, a JSON file of the same content.
 
-    `full` reads every row instead of a sample; `only` and `skip` are ids of checks.
+    `full` reads every row instead of a sample; `only` and `skip` are ids of checks. Memory is judged for the
+    engine on `num_processes`, or one for each visible GPU; everything else is tried in this process.
 
     Raises:
         ConfigError: an id is unknown, or the report cannot be written.
     """
     console = console or Console(quiet=True)
     cheap, dear = select_checks(only, skip)
-    context = Context(Job(config), None if full else CHECKED_ROWS)
+    number = choose_num_processes(config.engine, num_processes)
+    engine = resolve_engine(config.engine, number)
+    context = Context(Job(config), None if full else CHECKED_ROWS, engine, number)
     findings = collect_findings(context, cheap)
     if not has_errors(findings):
         show_plan(context.job, console)
-        findings += collect_findings(context, dear)
+        if number == 1 or fits_alone(context):
+            findings += collect_findings(context, dear)
+        else:
+            findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
     if report:
         write_report(report, findings)
     console.print(findings_text(findings), end="")
@@ -71,16 +87,26 @@ def train(
 ) -> Path:
     """Check, train, and return the run's final/ folder. A run that cannot learn does not start.
 
-    With several ranks, all of them call it. The first one checks, prints and writes.
+    `ranks` are the processes that train; None means those that a launcher such as torchrun started, each of
+    which must call this, or this one alone. It starts none. An error on one of several ranks ends them all.
 
     Raises:
         UserError: as the checks and the training say; the run folder is made only after all checks passed.
         StoppedError: SIGTERM or SIGINT ended the training; it can be resumed.
     """
-    ranks = ranks or Ranks()
+    if ranks is None:
+        with joined(started_ranks()) as ranks:
+            return train(config, resume, console, ranks)
+    name = resolve_engine(config.engine, ranks.size)
+    with connected_alone() if needs_group(name) and ranks.size == 1 else nullcontext():
+        return train_with(make_engine(name, ranks), config, resume, console)
+
+
+def train_with(engine: Engine, config: Config, resume: bool, console: Console | None) -> Path:
+    """`train`, once the processes are connected."""
+    ranks = engine.ranks
     console = (console if ranks.is_first else None) or Console(quiet=True)
     job, folder = Job(config, ranks), Path(config.output)
-    engine = make_engine(resolve_engine(config.engine, ranks.size), ranks)
     start = prepare(job, engine, folder, resume, console) if ranks.is_first else None
     checkpoint, manifest = ranks.from_first(start and (start.checkpoint, start.manifest))
     loaded = start.loaded if start else open_for(job, engine)
@@ -128,17 +154,21 @@ def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Conso
     checkpoint = find_start(folder, config, resume)
     for torn in torn_checkpoints(folder):
         console.print(f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it")
-    context = Context(job, CHECKED_ROWS_BEFORE_TRAINING)
+    context = Context(job, CHECKED_ROWS_BEFORE_TRAINING, engine.name, engine.num_sharing)
     findings = [finding for check in CHECKS for finding in check(context)]
     show_plan(job, console)
     if engine.ranks.size > 1:
         console.print(f"engine {engine.name} on {engine.ranks.size} processes")
-    findings += [finding for check in MODEL_CHECKS for finding in check(context)]
+    fits = not engine.shards_weights or fits_alone(context)
+    findings += [finding for check in MODEL_CHECKS if fits for finding in check(context)]
+    if not fits:
+        findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
     refuse_errors(findings, console)
     write_run_folder(folder, job, findings)
     if resume:
         console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
-    return Start(checkpoint, job.manifest, context.loaded)
+    loaded = context.loaded if fits else job.open_model(torch.device("cpu"))
+    return Start(checkpoint, job.manifest, loaded)
 
 
 def open_for(job: Job, engine: Engine) -> LoadedModel:

@@ -48,6 +48,16 @@ def check_adapter(model: ModelConfig, parts: PartsConfig) -> Iterator[Fault]:
         )
 
 
+def check_engine(engine: str, parts: PartsConfig) -> Iterator[Fault]:
+    quantized = [part for part in PART_NAMES if (s := parts.settings(part)) and s.quantization]
+    if quantized and engine in ("fsdp", "zero2", "zero3"):
+        yield Fault(
+            "engine",
+            f"engine: {engine} beside parts.{quantized[0]}.quantization: weights in 4 bits cannot be "
+            "cut into shards. Write engine: ddp, which copies them to each GPU, or remove the quantization.",
+        )
+
+
 def check_evaluation(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
     if train.eval_every is not None and data.eval is None:
         yield Fault(

@@ -31,7 +31,7 @@ from partwise.config.flags import (
     deciding_flag,
     expand_flags,
 )
-from partwise.config.rules import check_adapter, check_evaluation, check_parts, check_train
+from partwise.config.rules import check_adapter, check_engine, check_evaluation, check_parts, check_train
 from partwise.config.sections import (
     TAGS,
     DataConfig,
@@ -51,7 +51,9 @@ class Config(Section):
     data: DataConfig = Field(description="The rows, and how long an example may be.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Steps, rates and what is saved.")
     engine: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = Field(
-        "auto", description="Both train on one device: the GPU where there is one, else the CPU."
+        "auto",
+        description="How several processes share the work: ddp copies the model, zero2 shards masters, "
+        "moments and gradients, fsdp and zero3 also the weights; auto is ddp, or single for one process.",
     )
     output: str = Field(min_length=1, description="The run folder. Relative to the working directory.")
 
@@ -163,6 +165,7 @@ def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> 
         *check_train(config.train),
         *check_parts(config.parts),
         *check_adapter(config.model, config.parts),
+        *check_engine(config.engine, config.parts),
         *check_evaluation(config.train, config.data),
     ]
     return config

@@ -6,6 +6,11 @@ from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 
 
+def needs_group(name: str) -> bool:
+    """Whether the engine needs a process group, also for one process."""
+    return name not in ("single", "ddp")
+
+
 def make_engine(name: str, ranks: Ranks) -> Engine:
     """`name` is one of single, ddp, fsdp, zero2, zero3."""
     if name == "ddp":
@@ -22,10 +27,3 @@ def make_engine(name: str, ranks: Ranks) -> Engine:
         return {"zero2": Zero2, "zero3": Zero3}[name](ranks)
     assert name == "single", name
     return Engine(ranks)
-
-
-def resolve_engine(name: str, num_ranks: int) -> str:
-    """What `auto` means with so many processes."""
-    if name != "auto":
-        return name
-    return "ddp" if num_ranks > 1 else "single"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -34,6 +34,10 @@ class Fsdp(Engine):
     runs_together = True
     shards_masters = True
     shards_weights = True
+
+    @property
+    def num_sharing(self) -> int:
+        return mesh_shape(self.ranks.size, self.ranks.local_size)[-1]
 
     def spread(
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
@@ -68,8 +72,13 @@ class Fsdp(Engine):
     def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> Tensor:
         result = self.net(inputs, labels)
         if not torch.is_grad_enabled():
-            self.net.reshard()  # the root waits for a backward pass that does not come
+            self._reshard()  # the root waits for a backward pass that does not come
         return result
+
+    def _reshard(self) -> None:
+        for module in self.net.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def backward(self, loss: Tensor) -> None:
         # Gradients are averaged over ranks, not summed.
@@ -83,6 +92,7 @@ class Fsdp(Engine):
         return masters, make_adamw(masters)
 
     def finish_gradients(self, masters: Mapping[str, Tensor]) -> set[str]:
+        self._reshard()  # a unit of which nothing trains is not resharded by its backward pass
         reached = {name for name, parameter in self.parameters.items() if parameter.grad is not None}
         for name in reached:
             masters[name].grad = self.local(self.parameters[name].grad)
@@ -120,11 +130,15 @@ class Fsdp(Engine):
 
 
 def make_mesh(size: int, local_size: int, device: torch.device) -> DeviceMesh:
-    """Shards within a node, copies across nodes; on one node shards over all ranks."""
-    if local_size < size and size % local_size == 0 and local_size > 1:
-        shape = (size // local_size, local_size)
-        return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards"))
-    return init_device_mesh(device.type, (size,), mesh_dim_names=("shards",))
+    shape = mesh_shape(size, local_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+
+
+def mesh_shape(size: int, local_size: int) -> tuple[int, ...]:
+    """Shards within a node, copies across nodes; on one node, or on nodes of one rank, shards over all."""
+    if 1 < local_size < size and size % local_size == 0:
+        return size // local_size, local_size
+    return (size,)
 
 
 def vision_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -52,7 +52,7 @@ def hidden(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Arriving(nn.Module):
-    """Modules' parameters as DeepSpeed takes them: each arrives when the one before is in shards."""
+    """The parameters of some modules for DeepSpeed: each arrives when the one before is in shards."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         super().__init__()

@@ -79,20 +79,14 @@ class Ranks:
         """The sum of each tensor over ranks, in place. All must give the same shapes in the same order."""
         if self.size == 1:
             return
-        pending = []
         for bucket in buckets(tensors):
-            flat = bucket[0].view(-1) if is_whole(bucket) else torch.cat([t.reshape(-1) for t in bucket])
-            pending.append((dist.all_reduce(flat, async_op=True), flat, bucket))
-        for work, flat, bucket in pending:
-            work.wait()
-            if not is_whole(bucket):
-                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                    tensor.copy_(part.view_as(tensor))
-
-
-def is_whole(bucket: list[Tensor]) -> bool:
-    """Whether the bucket is one tensor that can be summed where it is."""
-    return len(bucket) == 1 and bucket[0].is_contiguous()
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                dist.all_reduce(bucket[0])
+                continue
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:

@@ -43,6 +43,11 @@ class Engine:
     def __init__(self, ranks: Ranks | None = None) -> None:
         self.ranks = ranks or Ranks()
 
+    @property
+    def num_sharing(self) -> int:
+        """Ranks that share one copy of what is in shards."""
+        return self.ranks.size
+
     def spread(
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
     from partwise.records import PartsPlan
 
-# Elements that are summed or gathered at a time: 200 MB in fp32.
+# Elements that are summed, gathered or rounded at a time: 200 MB in fp32.
 BUCKET_ELEMENTS = 50_000_000
+# Tensors of at most so many elements are gathered once a step and then kept: norms, biases, small adapters.
+KEPT_ELEMENTS = 100_000
 
 
 class Zero(Engine):
@@ -173,7 +175,7 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """A rank has an equal piece of each tensor, padded at the end; a module gathers them when it runs."""
+    """A rank has an equal piece of each tensor, padded at the end; a module that runs gathers its weights."""
 
     name = "zero3"
     stage = 3
@@ -183,13 +185,21 @@ class Zero3(Zero):
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().spread(model, plan, dtype, device)
+        mine = tensor_facts(model)
+        first = self.ranks.from_first(mine)
+        assert not self.ranks.any(mine != first), f"not rank 0's model: {sorted(set(mine) ^ set(first))[:3]}"
         self.kept_whole = skipped_modules(model, plan)
         partition(model, self.kept_whole, device, self._config())
 
     def _config(self) -> dict[str, Any]:
         config = super()._config()
         # It would replace torch's linear in the whole process by one that rounds 16-bit products once more.
-        config["zero_optimization"]["memory_efficient_linear"] = False
+        config["zero_optimization"] |= {
+            "memory_efficient_linear": False,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "sub_group_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": KEPT_ELEMENTS,
+        }
         return config
 
     def update(self, adamw: Any, masters: Mapping[str, Tensor], max_grad_norm: float, norm: Tensor) -> None:
@@ -201,7 +211,10 @@ class Zero3(Zero):
         return unpadded(parameter, safe_get_local_fp32_param(parameter).detach())
 
     def _gradient(self, parameter: Any, master: Tensor) -> Tensor:
-        return unpadded(parameter, safe_get_local_grad(parameter))
+        shard = safe_get_local_grad(parameter)
+        # DeepSpeed sums uninitialised padding, and would skip the step where its norm of that is not finite.
+        shard[master.numel() :].zero_()
+        return shard[: master.numel()]
 
     def stretch(self, name: str, parameter: Any) -> Stretch:
         if not is_partitioned(parameter):
@@ -225,6 +238,12 @@ class Zero3(Zero):
             return super().whole(tensor)
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().to("cpu", copy=True)
+
+
+def tensor_facts(model: nn.Module) -> list[tuple[str, str, tuple[int, ...]]]:
+    """What must be the same on all ranks before values are sent: names, types, shapes; tied tensors once."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors]
 
 
 def skipped_modules(model: nn.Module, plan: PartsPlan) -> list[nn.Module]:

@@ -88,6 +88,20 @@ def describe_micro_batch(context: Context, row: RowShape) -> str:
     return f"packs of up to {min(size, row.most_rows) * row.num_tokens:,} tokens"
 
 
+def fits_alone(context: Context) -> bool:
+    """Whether one rank has room for the passes that the checks make: weights, no masters or moments."""
+    config, row = context.config, longest_row(context)
+    if row is None:
+        return True
+    try:
+        footprint = config_footprint(context, config, row).on_ranks("single", 1)
+    except UNPREDICTED:
+        return False
+    peak = footprint.peak_bytes(config.train.micro_batch_size, config.train.gradient_checkpointing)
+    needed = peak - footprint.share.masters_bytes - footprint.share.moments_bytes
+    return needed < GPU_WARNING_FRACTION * device_bytes(context.job.device)
+
+
 def on_each(context: Context) -> str:
     """Where it is taken; "" where there is one rank."""
     return f" on each of {context.num_ranks} ranks" if context.num_ranks > 1 else ""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 from partwise.data.align import align_batches
+from partwise.data.chat import truncate
 from partwise.data.loader import refuse_empty
 from partwise.engine.single import Engine
 from partwise.errors import DataError
@@ -73,7 +75,9 @@ class Shares:
         examples = probe_examples(self.loader)
         if not examples:
             raise DataError("none of the first rows of the data can be used. Run: partwise check CONFIG.")
-        return examples[0], next((example for example in examples if example.media), None)
+        image = next((example for example in examples if example.media), None)
+        # One token is enough, and it comes before any image.
+        return replace(truncate(examples[0], 1), media={}), image
 
 
 class Told(NamedTuple):

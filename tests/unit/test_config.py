@@ -99,7 +99,7 @@ train:
   adam_betas: [0.9]
   freeze_llm: true
   warp: 9
-engine: zero3
+engine: zero4
 """
     assert faults(text) == [
         "c.yaml: output: missing. It must be given: The run folder. Relative to the working directory.",
@@ -124,15 +124,14 @@ engine: zero3
         "weight_decay, adam_betas, adam_eps, optimizer_states, max_grad_norm, gradient_checkpointing, seed, "
         "log_every, eval_every, "
         "save_every, keep_last, keep_best, verify.",
-        'c.yaml:21: engine: "zero3" shards or copies over several devices; this version trains on one. '
-        "Write engine: auto.",
+        'c.yaml:21: engine: "zero4" is not one of auto, single, ddp, fsdp, zero2, zero3. '
+        'Did you mean "zero3"?',
     ]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
-def test_engines_of_several_devices(engine):
-    (fault,) = faults(GOOD, f"engine={engine}")
-    assert "this version trains on one" in fault
+@pytest.mark.parametrize("engine", ["auto", "single", "ddp", "fsdp", "zero2", "zero3"])
+def test_engines(engine):
+    assert load(GOOD, f"engine={engine}").engine == engine
 
 
 @pytest.mark.parametrize(

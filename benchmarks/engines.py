@@ -1,0 +1,133 @@
+"""Engines on the GPUs of this machine beside one GPU alone, through `partwise train` itself.
+
+Usage: python benchmarks/engines.py OUT.jsonl [CELL ...]; needs GPUs. A cell is METHOD-ENGINE-COUNT, such as
+lora-ddp-2; each is one run in a fresh process, with as many rows a step for each GPU. `scaling` is tokens per
+second over those of METHOD-single-1 of the same call. One JSON line per cell; one that fails says why.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from step import GEMMA_3_4B, NUM_WARMUP_STEPS, describe_machine, write_model, write_rows
+
+NUM_STEPS = 9
+ROWS_PER_GPU = 16
+GEMMA_3_12B = {
+    **GEMMA_3_4B,
+    "text": {
+        **GEMMA_3_4B["text"],
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(48)],
+    },
+}
+SHAPES = {"4b": GEMMA_3_4B, "12b": GEMMA_3_12B}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"shape": "4b", "parts": {"language_model": {"mode": "lora", "lora_rank": 16}}},
+    "full": {
+        "shape": "4b",
+        "parts": {"projector": "full", "language_model": "full"},
+        "train": {"gradient_checkpointing": True},
+    },
+    "full12b": {
+        "shape": "12b",
+        "parts": {"projector": "full", "language_model": "full"},
+        "train": {"gradient_checkpointing": True, "optimizer_states": "8bit"},
+    },
+}
+ENGINES = ("ddp", "fsdp", "zero2", "zero3")
+
+
+def default_cells() -> list[str]:
+    count = torch.cuda.device_count()
+    pairs = [(method, engine) for method in ("lora", "full") for engine in ("single", *ENGINES)]
+    return [f"{method}-{engine}-{1 if engine == 'single' else count}" for method, engine in pairs]
+
+
+def main() -> None:
+    out, names = Path(sys.argv[1]), sys.argv[2:] or default_cells()
+    alone: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder_name:
+        folder = Path(folder_name)
+        write_rows(folder)
+        for name in names:
+            method = name.split("-")[0]
+            shape = METHODS[method]["shape"]
+            base = folder / f"base-{shape}"
+            if not base.is_dir():
+                write_model(base, SHAPES[shape])
+            row = run_cell(name, folder, base)
+            if name == f"{method}-single-1" and "error" not in row:
+                alone[method] = row["tokens_per_second"]
+            if method in alone and "error" not in row:
+                row["scaling"] = round(row["tokens_per_second"] / alone[method], 3)
+            print(json.dumps(row), flush=True)
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def run_cell(name: str, folder: Path, base: Path) -> dict[str, Any]:
+    method, engine, count = name.split("-")
+    cell, num_gpus = METHODS[method], int(count)
+    config = {
+        "model": {"path": str(base)},
+        "parts": cell["parts"],
+        "data": {"train": str(folder / "rows.jsonl"), "num_workers": 6},
+        "train": {
+            "steps": NUM_STEPS,
+            "global_batch_size": ROWS_PER_GPU * num_gpus,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-5,
+            "verify": "off",
+            **cell.get("train", {}),
+        },
+        "engine": engine,
+        "output": str(folder / name),
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "partwise.cli", "train", str(path), "--num-processes", count]
+    done = subprocess.run(command, capture_output=True, text=True)
+    row = {
+        "cell": f"gemma-3-{cell['shape']} image questions, {method}",
+        "engine": engine,
+        "num_gpus": num_gpus,
+        "command": f"python benchmarks/engines.py OUT.jsonl {name}",
+        **describe_machine(),
+        "rows_per_step": ROWS_PER_GPU * num_gpus,
+        "micro_batch_size": config["train"]["micro_batch_size"],
+        "gradient_checkpointing": config["train"].get("gradient_checkpointing", False),
+    }
+    if done.returncode:
+        return row | {"error": done.stderr.strip()[-900:]}
+    records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    measured = [step for step in steps if step["step"] > NUM_WARMUP_STEPS]
+    rates = [step["num_input_tokens"] / step["step_seconds"] for step in measured]
+    report = {f["check"]: f["values"] for f in json.loads((folder / name / "report.json").read_text())}
+    return row | {
+        "runs": len(measured),
+        "tokens_per_second": round(statistics.median(rates)),
+        "tokens_per_second_per_gpu": round(statistics.median(rates) / num_gpus),
+        "step_seconds_median": round(statistics.median(step["step_seconds"] for step in measured), 4),
+        "peak_memory_bytes": max(step["peak_memory_bytes"] for step in steps),
+        "predicted_peak_bytes": report.get("memory", {}).get("peak_bytes"),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+    }
+
+
+if __name__ == "__main__":
+    main()
