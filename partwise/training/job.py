@@ -24,7 +24,7 @@ from partwise.families import IMAGE_RUN_FIELDS
 from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import adapter_record, match_base, model_record
 from partwise.model.adapter import load_adapter
-from partwise.model.attention import grid_positions, packing_obstacle, use_packed_attention
+from partwise.model.attention import packing_obstacle, use_packed_attention
 from partwise.model.folder import find_model_folder, model_name
 from partwise.model.load import (
     LoadedModel,
@@ -37,6 +37,7 @@ from partwise.model.load import (
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
+from partwise.model.positions import grid_positions
 from partwise.model.quantize import quantize_parts
 from partwise.model.stops import stop_at
 from partwise.records import PartsPlan

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from partwise.engine.single import Engine
 from partwise.errors import TrainingError
-from partwise.model.attention import PackLayout, takes_packs
+from partwise.model.attention import takes_packs
+from partwise.model.flash import PackLayout
 from partwise.records import Batch, StepData
 from partwise.training.optim import Optimizer
 from partwise.training.watch import Observed, observe_gradients, observe_update

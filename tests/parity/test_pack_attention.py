@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from partwise.data.packing import find_pack
-from partwise.model.attention import PackAttention, PackLayout, Stretches, attend, attend_documents
+from partwise.model.attention import attend, attend_documents
+from partwise.model.flash import PackAttention, PackLayout, Stretches
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3

@@ -13,13 +13,9 @@ from partwise.data.collate import micro_batches
 from partwise.data.packing import PackFormat
 from partwise.families import IMAGE_RUN_FIELDS
 from partwise.model import attention
-from partwise.model.attention import (
-    FlashKernel,
-    PackAttention,
-    PackLayout,
-    grid_positions,
-    use_packed_attention,
-)
+from partwise.model.attention import use_packed_attention
+from partwise.model.flash import FlashKernel, PackAttention, PackLayout
+from partwise.model.positions import grid_positions
 from partwise.records import Pack, StepData
 from partwise.training.step import accumulate_loss
 

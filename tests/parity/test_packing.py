@@ -17,7 +17,8 @@ from partwise.data.align import align_batches
 from partwise.data.collate import collate, filler_batch, join_batches, micro_batches
 from partwise.data.packing import PackFormat
 from partwise.families import IMAGE_RUN_FIELDS
-from partwise.model.attention import grid_positions, packing_obstacle, use_packed_attention
+from partwise.model.attention import packing_obstacle, use_packed_attention
+from partwise.model.positions import grid_positions
 from partwise.records import IGNORE_INDEX, Batch, Example, Pack, StepData
 from partwise.training.step import accumulate_loss, batch_loss_sum, model_inputs
 
