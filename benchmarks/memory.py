@@ -119,7 +119,12 @@ def run_cell(name: str, folder: Path) -> dict:
     config = {
         "model": {"path": str(folder / "base"), **MODEL_KEYS.get(name.split()[-1], {})},
         "parts": MODES[mode],
-        "data": {"train": str(folder / f"{length}.jsonl"), "num_workers": 0, "max_seq_len": 16384},
+        "data": {
+            "train": str(folder / f"{length}.jsonl"),
+            "num_workers": 0,
+            "max_seq_len": 16384,
+            "packing": False,
+        },
         "train": {
             "steps": NUM_STEPS,
             "global_batch_size": 2 * num_rows,

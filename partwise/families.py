@@ -100,6 +100,27 @@ TOWER_ENDS: dict[str, TowerEnd] = {
     "siglip2_vision_model": TowerEnd(norm=("post_layernorm",), pooling=("head",)),
 }
 
+# Types, of a model and of its decoder, whose attention over packs is their own mask exactly: causal, in a
+# window where a layer has one, in both directions within images where IMAGE_RUN_FIELDS has them, and nothing
+# else (model/attention.py; held by tests/parity/test_packing.py).
+PACKED_TYPES = frozenset(
+    {
+        "gemma3",
+        "gemma3_text",
+        "llama",
+        "llava",
+        "llava_next",
+        "mistral",
+        "qwen2",
+        "qwen2_5_vl",
+        "qwen2_5_vl_text",
+        "qwen2_vl",
+        "qwen2_vl_text",
+    }
+)
+# The token field whose runs of ones see each other in both directions.
+IMAGE_RUN_FIELDS = {"gemma3": "token_type_ids"}
+
 # Types whose own forward squashes its logits by final_logit_softcapping of the text config. Others, such as
 # the image-and-text gemma3, have the key in their config and do not read it.
 LOGIT_SOFTCAP_TYPES = frozenset(

@@ -17,6 +17,7 @@ IGNORE_INDEX = -100
 PART_NAMES = ("vision_tower", "audio_tower", "projector", "language_model")
 MODES = ("frozen", "lora", "full")
 Mode = Literal["frozen", "lora", "full"]
+Span = tuple[int, int]  # where something starts and where it ends, the end excluded
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,24 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Pack:
+    """Where documents lie in a row that holds several, one after the other.
+
+    `documents` fill the row; the last of them is its padding, where it has any. Tokens of an `image_run` see
+    each other in both directions; each run lies in one document and has at least two tokens.
+    """
+
+    documents: tuple[Span, ...]
+    image_runs: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
 class Batch:
-    """A micro-batch, right-padded to its longest example.
+    """A micro-batch: rows of one document each, right-padded to the longest, or one row that is a pack.
 
     `input_ids`, `labels`, `document_ids` and each of `token_fields` are (B, T). document_ids is the index
-    of the document a token belongs to and -1 for padding; here each row is one document.
+    of the document a token belongs to and -1 for padding. A pack has `position_ids`, too, which begin anew in
+    every document: (1, T), or (axes, 1, T).
     `rows` names the examples as errors do: "file:line" or "file row N".
     """
 
@@ -107,6 +121,8 @@ class Batch:
     num_target_tokens: int
     num_input_tokens: int
     rows: tuple[str, ...]
+    position_ids: torch.Tensor | None = None
+    pack: Pack | None = None
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,12 @@ class DataConfig(Section):
         description="What happens to longer rows. Rows that truncation would cut inside an image or leave "
         "without a target token are dropped and counted.",
     )
+    packing: bool | None = Field(
+        None,
+        description="A micro-batch is rows one after the other, at most micro_batch_size * max_seq_len "
+        "tokens, instead of padded rows. Default: wherever the model's attention mask is known exactly; true "
+        "is an error elsewhere.",
+    )
     num_workers: int = Field(
         2,
         ge=0,

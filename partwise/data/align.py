@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from partwise.data.collate import filler_batch, join_batches
+from partwise.data.packing import PackFormat
 from partwise.errors import DataError
 from partwise.records import Batch, Example
 
@@ -20,11 +21,12 @@ def align_batches(
     text_filler: Example,
     image_filler: Example | None,
     pad_token_id: int,
+    packs: PackFormat | None = None,
 ) -> tuple[Batch, ...]:
     """As many micro-batches as `has_media` has entries, with media where these say so.
 
     `has_media` has an entry for each micro-batch of the rank that has most. One that is missing here is a
-    filler; one without media gets an image as a row more.
+    filler; one without media gets an image as a row, or in a pack a document, more.
 
     Raises:
         DataError: another rank's rows have images, and there is no filler that has one.
@@ -33,9 +35,9 @@ def align_batches(
     for position, wants_media in enumerate(has_media):
         batch = batches[position] if position < len(batches) else None
         if wants_media and not (batch and batch.media):
-            filler = filler_batch(require_image(image_filler), pad_token_id)
-            batch = join_batches(batch, filler, pad_token_id) if batch else filler
-        aligned.append(batch or filler_batch(text_filler, pad_token_id))
+            filler = filler_batch(require_image(image_filler), pad_token_id, packs)
+            batch = join_batches(batch, filler, pad_token_id, packs) if batch else filler
+        aligned.append(batch or filler_batch(text_filler, pad_token_id, packs))
     return tuple(aligned)
 
 

@@ -19,10 +19,10 @@ from transformers import BatchFeature
 
 from partwise.data.images import Picture, decode_picture
 from partwise.data.rows import row_name
-from partwise.data.template import Span, chat_template, render, render_answers, special_tokens, tokenizer_of
+from partwise.data.template import chat_template, render, render_answers, special_tokens, tokenizer_of
 from partwise.data.tokens import check_control_tokens, control_pattern, run_processor
 from partwise.errors import ConfigError, DataError
-from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example
+from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example, Span
 
 DROP_REASONS = ("too long", "image would be cut", "no target token")
 

@@ -1,12 +1,13 @@
-"""Examples -> Batch: padding on the right, images of all rows one after the other.
+"""Examples -> Batch: rows padded on the right or packed into one, images of all rows one after the other.
 
-In: examples of any lengths, with and without images. Out: one micro-batch; two of them joined, or one that
-counts nothing. Rows are neither cut nor reordered here. Shapes: B rows, T tokens of the longest row.
+In: examples of any lengths, with and without images. Out: a step's micro-batches, or one; two of them joined,
+or one that counts nothing. Rows are not cut here. Shapes: B rows, T tokens of the longest row or of the pack.
+Each function takes `packs`, the model's PackFormat, where a micro-batch is to be a pack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,17 +15,41 @@ import torch.nn.functional as F  # noqa: N812 - the name everyone reads
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from partwise.data.packing import PackFormat, find_pack, plan_packs
 from partwise.data.rows import row_name
 from partwise.records import IGNORE_INDEX, Batch, Example
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+def micro_batches(
+    examples: Sequence[Example], pad_token_id: int, micro_batch_size: int, packs: PackFormat | None = None
+) -> tuple[Batch, ...]:
+    """The examples as a step's micro-batches, the longest first."""
+    groups = group_rows([len(example.input_ids) for example in examples], micro_batch_size, packs)
+    return tuple(collate([examples[i] for i in group], pad_token_id, packs) for group in groups)
+
+
+def group_rows(
+    lengths: Sequence[int], micro_batch_size: int, packs: PackFormat | None = None
+) -> list[list[int]]:
+    """For each micro-batch of a step its positions in `lengths`, the longest first.
+
+    Rows of like length share one, which leaves less padding; packs hold as many rows as they have room for.
+    """
+    if packs is not None:
+        return plan_packs(lengths, packs.max_tokens)
+    order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
+    return [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+
+
+def collate(examples: Sequence[Example], pad_token_id: int, packs: PackFormat | None = None) -> Batch:
     """The micro-batch of `examples`; there must be at least one.
 
     Media tensors are concatenated on their first axis. Where the other axes differ, as the number of
     LLaVA-NeXT's patches does, the smaller ones are filled with zeros, as its own processor does in a batch.
     A token field that an example lacks is zero there.
     """
+    if packs is not None:
+        return _pack([_document(example, packs) for example in examples], pad_token_id, packs)
     fields = sorted({name for example in examples for name in example.token_fields})
     media = sorted({name for example in examples for name in example.media})
     return Batch(
@@ -41,8 +66,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     )
 
 
-def join_batches(first: Batch, second: Batch, pad_token_id: int) -> Batch:
+def join_batches(first: Batch, second: Batch, pad_token_id: int, packs: PackFormat | None = None) -> Batch:
     """The rows of both in one micro-batch, as `collate` makes it of all their examples."""
+    if packs is not None:
+        return _pack([first, second], pad_token_id, packs)
     num_documents = int(first.document_ids.max()) + 1
     second_ids = second.document_ids.where(second.document_ids < 0, second.document_ids + num_documents)
     fields = sorted(first.token_fields.keys() | second.token_fields.keys())
@@ -63,7 +90,7 @@ def join_batches(first: Batch, second: Batch, pad_token_id: int) -> Batch:
     )
 
 
-def filler_batch(example: Example, pad_token_id: int) -> Batch:
+def filler_batch(example: Example, pad_token_id: int, packs: PackFormat | None = None) -> Batch:
     """A micro-batch of one row that counts nothing: no label, no token, no name, and black images.
 
     With it a rank runs the same modules as the others where its own rows do not reach them.
@@ -71,7 +98,54 @@ def filler_batch(example: Example, pad_token_id: int) -> Batch:
     media = {name: torch.zeros_like(t) if t.is_floating_point() else t for name, t in example.media.items()}
     labels = torch.full_like(example.labels, IGNORE_INDEX)
     silent = replace(example, labels=labels, media=media, num_target_tokens=0)
-    return replace(collate([silent], pad_token_id), num_input_tokens=0, rows=())
+    return replace(collate([silent], pad_token_id, packs), num_input_tokens=0, rows=())
+
+
+def _document(example: Example, packs: PackFormat) -> Batch:
+    """The example alone in a row, without padding."""
+    return Batch(
+        input_ids=example.input_ids[None],
+        labels=example.labels[None],
+        document_ids=torch.zeros_like(example.input_ids)[None],
+        token_fields={name: field[None] for name, field in example.token_fields.items()},
+        media=example.media,
+        num_target_tokens=example.num_target_tokens,
+        num_input_tokens=len(example.input_ids),
+        rows=(row_name(example.source, example.row),),
+        position_ids=packs.position_ids(example),
+    )
+
+
+def _pack(batches: Sequence[Batch], pad_token_id: int, packs: PackFormat) -> Batch:
+    """The documents of all, each batch of one row, in one row with padding at its end."""
+    counts = [int(batch.document_ids.max()) + 1 for batch in batches]
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+    fields = sorted({name for batch in batches for name in batch.token_fields})
+    media = sorted({name for batch in batches for name in batch.media})
+    num_tokens = sum(int((batch.document_ids >= 0).sum()) for batch in batches)
+    num_missing = packs.padded_length(num_tokens) - num_tokens
+
+    def lay_out(tensors: Iterable[Tensor], value: int) -> Tensor:
+        real = [t[..., b.document_ids[0] >= 0] for t, b in zip(tensors, batches, strict=True)]
+        return F.pad(torch.cat(real, dim=-1), (0, num_missing), value=value)
+
+    document_ids = lay_out((b.document_ids + n for b, n in zip(batches, firsts, strict=True)), -1)
+    token_fields = {
+        name: lay_out((_field(b.token_fields, name, b.input_ids) for b in batches), 0) for name in fields
+    }
+    is_image = token_fields[packs.image_field][0] == 1 if packs.image_field in token_fields else None
+    return Batch(
+        input_ids=lay_out((b.input_ids for b in batches), pad_token_id),
+        labels=lay_out((b.labels for b in batches), IGNORE_INDEX),
+        document_ids=document_ids,
+        token_fields=token_fields,
+        media={name: _concatenate([b.media[name] for b in batches if name in b.media]) for name in media},
+        num_target_tokens=sum(batch.num_target_tokens for batch in batches),
+        num_input_tokens=sum(batch.num_input_tokens for batch in batches),
+        rows=tuple(row for batch in batches for row in batch.rows),
+        position_ids=lay_out((b.position_ids for b in batches if b.position_ids is not None), 0),
+        pack=find_pack(document_ids[0], is_image),
+    )
 
 
 def _field(fields: dict[str, Tensor], name: str, input_ids: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 In: rows, a ChatFormat and batch sizes. Out: StepData for any range of steps, so that resuming is starting
 at another step. Worker processes prepare whole steps ahead. Each row comes once per epoch; the last step of
 an epoch may have fewer rows. The rows of a step are the same for any number of ranks; each encodes a share of
-its own (balance.py). There, rows of like length share a micro-batch: the step's sum is the same and less of
-it is padding.
+its own (balance.py). How these share micro-batches is for collate.py: the step's sum is the same.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from partwise.data.balance import row_cost, share_rows
 from partwise.data.chat import ChatFormat
-from partwise.data.collate import collate
+from partwise.data.collate import micro_batches
+from partwise.data.packing import PackFormat
 from partwise.data.rows import row_name
 from partwise.errors import DataError, UserError
 from partwise.records import Conversation, Example, StepData
@@ -31,7 +31,7 @@ class StepLoader:
     """One optimizer step's data after the other, for one of `num_ranks` ranks.
 
     Steps count from 0 and run on over the epochs. `global_batch_size` is of all ranks, `micro_batch_size` of
-    one.
+    one; with `packs`, those say how much a micro-batch holds.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class StepLoader:
         shuffle: bool = True,
         rank: int = 0,
         num_ranks: int = 1,
+        packs: PackFormat | None = None,
     ) -> None:
         self.rows = rows
         self.chat_format = chat_format
@@ -57,6 +58,7 @@ class StepLoader:
         self.shuffle = shuffle
         self.rank = rank
         self.num_ranks = num_ranks
+        self.packs = packs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,7 +100,7 @@ class StepLoader:
         return [row_name(conversation.source, conversation.row) for conversation in conversations]
 
     def load_step(self, step: int) -> StepData:
-        """This rank's micro-batches of the step, longest rows first.
+        """This rank's micro-batches of the step, the longest first.
 
         One of several ranks may have none; whether all of them have is for those to say who know
         (`refuse_empty`).
@@ -111,10 +113,8 @@ class StepLoader:
         dropped = Counter(result.reason for result in results if not isinstance(result, Example))
         if not examples and self.num_ranks == 1:
             refuse_empty(step, self.row_names(step), dropped)
-        examples.sort(key=lambda example: -len(example.input_ids))
-        size = self.micro_batch_size
-        batches = [collate(examples[i : i + size], self.pad_token_id) for i in range(0, len(examples), size)]
-        return StepData(step, tuple(batches), dropped)
+        batches = micro_batches(examples, self.pad_token_id, self.micro_batch_size, self.packs)
+        return StepData(step, batches, dropped)
 
 
 def refuse_empty(step: int, names: Sequence[str], dropped: Counter[str]) -> NoReturn:

@@ -15,11 +15,9 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from partwise.errors import ConfigError, DataError
-from partwise.records import Message, Text
+from partwise.records import Message, Span, Text
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-Span = tuple[int, int]
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -34,12 +34,16 @@ LAYER_BACKWARD_FRACTION = 0.5
 
 @dataclass(frozen=True)
 class RowShape:
-    """The longest row. A tile is what the tower sees at once: (channels, height, width), or (values,)."""
+    """The longest row. A tile is what the tower sees at once: (channels, height, width), or (values,).
+
+    `most_rows`: no micro-batch ever has as much as more of such rows.
+    """
 
     num_tokens: int
     num_target_tokens: int
     tile_shape: tuple[int, ...] = ()
     num_tiles: int = 0
+    most_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Footprint:
     largest_dequantized_bytes: int
     num_target_tokens: int
     logit_row_bytes: int
+    most_rows: int | None = None
 
     def on_ranks(self, engine: str, num_ranks: int, offload_optimizer: bool = False) -> Footprint:
         """The same step on each of `num_ranks` ranks that share one copy of the model."""
@@ -79,18 +84,22 @@ class Footprint:
         """What does not depend on the rows."""
         return self.share.fixed_bytes
 
+    def at_most(self, num_rows: int) -> int:
+        """As many rows as a micro-batch really has where it has room for `num_rows`."""
+        return min(num_rows, self.most_rows or num_rows)
+
     def activations_bytes(self, num_rows: int, checkpointing: bool) -> int:
         tower = self.tower.bytes(checkpointing) if self.tower_trains else 0
-        return num_rows * (self.decoder.bytes(checkpointing) + tower)
+        return self.at_most(num_rows) * (self.decoder.bytes(checkpointing) + tower)
 
     def head_bytes(self, num_rows: int) -> int:
-        rows = min(CHUNK_ROWS, num_rows * self.num_target_tokens)
+        rows = min(CHUNK_ROWS, self.at_most(num_rows) * self.num_target_tokens)
         return rows * self.logit_row_bytes + self.share.passing.head_bytes
 
     def layer_bytes(self, num_rows: int, checkpointing: bool) -> int:
         """The layer that runs: its gradients, and its own activations where they were not kept."""
         layer = max(self.decoder.layer_bytes, self.tower.layer_bytes)
-        activations = int(num_rows * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
+        activations = int(self.at_most(num_rows) * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
         return activations + self.largest_dequantized_bytes + self.share.passing.layer_bytes
 
     def peak_bytes(self, num_rows: int, checkpointing: bool) -> int:
@@ -133,6 +142,7 @@ def estimate_footprint(
         largest_dequantized_bytes=max((p.numel() * p.dtype.itemsize for p in packed), default=0),
         num_target_tokens=row.num_target_tokens,
         logit_row_bytes=LOGIT_BYTES * model.get_output_embeddings().weight.shape[0],
+        most_rows=row.most_rows,
     )
 
 

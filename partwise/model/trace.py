@@ -59,6 +59,13 @@ def keep_eager_attention(
     return attend(module, query, key, value, is_eager=True), None
 
 
+def keep_packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """Flash attention over packs takes no mask, and shared keys as they are."""
+    return KeepAttention.apply(query, key, value, False, False).transpose(1, 2), None
+
+
 def attend(module: nn.Module, query_BHTK: Tensor, key: Tensor, value: Tensor, is_eager: bool) -> Tensor:
     """Keys and values are copied to the heads that share them, as both kernels have it under a mask.
 
@@ -71,9 +78,10 @@ def attend(module: nn.Module, query_BHTK: Tensor, key: Tensor, value: Tensor, is
     return KeepAttention.apply(query_BHTK, key, value, is_eager, has_mask).transpose(1, 2)
 
 
-ATTENTIONS = {"sdpa": "partwise_keep", "eager": "partwise_keep_eager"}
+ATTENTIONS = {"sdpa": "partwise_keep", "eager": "partwise_keep_eager", "packed": "partwise_keep_packed"}
 AttentionInterface.register(ATTENTIONS["sdpa"], keep_attention)
 AttentionInterface.register(ATTENTIONS["eager"], keep_eager_attention)
+AttentionInterface.register(ATTENTIONS["packed"], keep_packed_attention)
 
 
 def saved_bytes(model: PreTrainedModel, run: Callable[[], Tensor]) -> int:

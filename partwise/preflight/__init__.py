@@ -20,6 +20,7 @@ from partwise.preflight.memory import check_memory
 from partwise.preflight.model import check_model
 from partwise.preflight.output import check_config, check_disk, check_output
 from partwise.preflight.packages import check_packages
+from partwise.preflight.packing import check_packing
 from partwise.preflight.plan import check_plan
 from partwise.preflight.precision import check_precision
 from partwise.preflight.resume import check_resume
@@ -53,6 +54,7 @@ CHECKS: list[Check] = [
     check_lineage,
     check_disk,
     *ROW_CHECKS,
+    check_packing,
     check_memory,
 ]
 MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_time]

@@ -1,12 +1,16 @@
 """Does a training step fit into the device's memory? Predicted from shapes, before any weight is read.
 
-The longest of the rows that were read stands for each row of a micro-batch, and one rank for all of them.
+The longest of the rows that were read stands for each row of a micro-batch, or the fullest pack for each of
+them, and one rank for all.
 On a GPU a peak above its memory is an error, and the fix is one that was computed; a CPU may swap, so there
 it is a warning, and only when it is far above what is available.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 
 from partwise.config import Config, PartConfig
+from partwise.data.scan import ScannedRow
 from partwise.engine.device import host_memory_bytes
 from partwise.errors import PlanError
 from partwise.model.estimate import Footprint, RowShape, estimate_footprint, planned_model
@@ -63,7 +68,7 @@ def judge(context: Context, footprint: Footprint, row: RowShape, limit: int, on_
     device = "the GPU has" if on_gpu else "this machine has free"
     text = (
         f"a step takes about {format_bytes(peak)}{on_each(context)}, {describe(footprint, config)}, with "
-        f"{train.micro_batch_size} rows of {row.num_tokens} tokens a micro-batch; "
+        f"{describe_micro_batch(context, row)}; "
         f"{device} {format_bytes(limit)}"
     )
     level: Literal["error", "warning", "info"] = "info"
@@ -74,6 +79,13 @@ def judge(context: Context, footprint: Footprint, row: RowShape, limit: int, on_
     values = {"peak_bytes": peak, "limit_bytes": limit, "num_tokens": row.num_tokens}
     fix = "It may not fit: lower train.micro_batch_size." if level == "warning" else ""
     return Finding("memory", level, text, config.where("train.micro_batch_size"), fix, values)
+
+
+def describe_micro_batch(context: Context, row: RowShape) -> str:
+    size = context.config.train.micro_batch_size
+    if row.most_rows is None:
+        return f"{size} rows of {row.num_tokens} tokens a micro-batch"
+    return f"packs of up to {min(size, row.most_rows) * row.num_tokens:,} tokens"
 
 
 def fits_alone(context: Context) -> bool:
@@ -167,23 +179,46 @@ def rows_fix(config: Config, footprint: Footprint, limit: int, always: bool = Fa
 def config_footprint(context: Context, config: Config, row: RowShape) -> Footprint:
     plan = resolve_plan(context.job.empty_model, config)
     model = planned_model(config.model, plan)
-    alone = estimate_footprint(model, plan, row, config.model.attention, config.train.optimizer_states)
+    attention = config.model.attention if row.most_rows is None else "packed"
+    alone = estimate_footprint(model, plan, row, attention, config.train.optimizer_states)
     return alone.on_ranks(context.engine, context.num_ranks)
 
 
 def longest_row(context: Context) -> RowShape | None:
-    """The most tokens, targets and images of a usable row that was read; None where there is no such row."""
+    """The most tokens, targets and images of a usable row that was read; None where there is no such row.
+
+    Of packs, max_seq_len tokens of one, which is what micro_batch_size counts there.
+    """
     rows = [row for row in context.train_scan.rows if not row.dropped]
     if not rows:
         return None
     sizes = [row.image_sizes for row in rows if row.image_sizes]
     tiles = [image_tiles(context.job.processor, size) for size in {s for group in sizes for s in group}]
     tile_shape, num_tiles = max(tiles, key=lambda tile: (tile[1], tile[0]), default=((), 0))
-    return RowShape(
+    shape = RowShape(
         num_tokens=min(max(row.num_tokens for row in rows), context.config.data.max_seq_len),
         num_target_tokens=max(row.num_target_tokens for row in rows),
         tile_shape=tile_shape,
         num_tiles=num_tiles * max((len(group) for group in sizes), default=0),
+    )
+    return shape if context.job.packs is None else pack_shape(context, shape, rows)
+
+
+def pack_shape(context: Context, longest: RowShape, rows: Sequence[ScannedRow]) -> RowShape:
+    """max_seq_len tokens of a pack, as full of images as the row that has the most for its tokens; less where
+    the rows of a whole step are shorter than that."""
+    limit, num_rows = context.config.data.max_seq_len, context.config.train.global_batch_size
+    num_tokens = min(limit, num_rows * longest.num_tokens)
+    densest = max(len(row.image_sizes) / min(row.num_tokens, limit) for row in rows)
+    most_images = max(len(row.image_sizes) for row in rows)
+    tiles_per_image = longest.num_tiles // max(1, most_images)
+    num_images = min(math.ceil(densest * num_tokens), num_rows * most_images)
+    return replace(
+        longest,
+        num_tokens=num_tokens,
+        num_target_tokens=num_tokens,
+        num_tiles=tiles_per_image * num_images,
+        most_rows=math.ceil(num_rows * longest.num_tokens / num_tokens),
     )
 
 

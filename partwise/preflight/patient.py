@@ -14,13 +14,14 @@ from torch import Tensor
 
 from partwise.data.chat import ChatFormat, read_pictures
 from partwise.data.collate import collate
-from partwise.data.template import Span, tokenizer_of
+from partwise.data.packing import PackFormat
+from partwise.data.template import tokenizer_of
 from partwise.errors import UserError
 from partwise.model.load import load_processor
 from partwise.preflight.context import Context
 from partwise.preflight.measure import Patient
 from partwise.preflight.probe import conversation_at, examples_at
-from partwise.records import IGNORE_INDEX, Batch, Example, Message, Text
+from partwise.records import IGNORE_INDEX, Batch, Example, Message, Span, Text
 
 
 def make_patient(context: Context, places: list[int]) -> Patient:
@@ -38,7 +39,7 @@ def make_patient(context: Context, places: list[int]) -> Patient:
         special_ids=frozenset(special),
         media_ids=job.chat_format.media_token_ids,
         answers=tuple(answer_masks(context, places)),
-        micro_batches=micro_batches(examples, job.config.train.micro_batch_size, job.pad_token_id),
+        micro_batches=micro_batches(examples, job.config.train.micro_batch_size, job.pad_token_id, job.packs),
         others=other_rows(context, places),
         pixel_stats=pixel_stats(job.processor),
     )
@@ -74,11 +75,14 @@ def span_of_words(text: str, span: Span, message: Message, special: Sequence[str
     return start, end + (rest.index(mark) + len(mark) if mark else 0)
 
 
-def micro_batches(examples: Sequence[Example], size: int, pad_token_id: int) -> tuple[Batch, ...]:
-    """The examples as a step of at least two micro-batches, longest first, as the loader makes them."""
+def micro_batches(
+    examples: Sequence[Example], size: int, pad_token_id: int, packs: PackFormat | None = None
+) -> tuple[Batch, ...]:
+    """The examples as a step of at least two micro-batches, padded or packed as the loader makes them."""
     longest = sorted(examples, key=lambda example: -len(example.input_ids))
     size = min(size, -(-len(longest) // 2))
-    return tuple(collate(longest[i : i + size], pad_token_id) for i in range(0, len(longest), size))
+    groups = [longest[i : i + size] for i in range(0, len(longest), size)]
+    return tuple(collate(group, pad_token_id, packs) for group in groups)
 
 
 def other_rows(context: Context, places: list[int]) -> dict[str, tuple[Example, ...]]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 
-from partwise.data.collate import collate
+from partwise.data.collate import collate, group_rows
 from partwise.data.rows import row_name
 from partwise.data.scan import ScannedRow, scanned_indices
 from partwise.errors import DataError
@@ -50,18 +51,43 @@ def first_batch(job: Job) -> Batch:
     return job.loader.load_step(0).batches[0]
 
 
+def first_examples(job: Job) -> list[Example]:
+    """Those of the first step."""
+    results = [job.chat_format(job.rows[row]) for row in job.loader.rank_rows(0)]
+    return [result for result in results if isinstance(result, Example)]
+
+
 def make_batch(context: Context, positions: Sequence[int]) -> Batch | None:
     examples = examples_at(context, positions)
-    return collate(examples, context.job.pad_token_id) if examples else None
+    return collate(examples, context.job.pad_token_id, context.job.packs) if examples else None
 
 
 def longest_rows(context: Context, wanted: Callable[[ScannedRow], bool]) -> list[int]:
     """Places in the scan of the longest usable rows that are wanted, one micro-batch of them."""
     rows, job = context.train_scan.rows, context.job
-    limit = job.config.data.max_seq_len
+    lengths = kept_lengths(context)
     places = [i for i in usable_rows(context) if wanted(rows[i])]
-    places.sort(key=lambda i: -min(rows[i].num_tokens, limit))
-    return places[: job.config.train.micro_batch_size]
+    places.sort(key=lambda i: -lengths[i])
+    if job.packs is None:
+        return places[: job.config.train.micro_batch_size]
+    places = places[: job.config.train.global_batch_size]
+    num_tokens = accumulate(lengths[i] for i in places)
+    return [i for i, total in zip(places, num_tokens, strict=True) if total <= job.packs.max_tokens]
+
+
+def kept_lengths(context: Context) -> list[int]:
+    """Tokens of each row of the scan, as far as max_seq_len keeps them."""
+    limit = context.config.data.max_seq_len
+    return [min(row.num_tokens, limit) for row in context.train_scan.rows]
+
+
+def typical_groups(context: Context) -> list[list[int]]:
+    """Places in the scan of rows from everywhere, as a step's micro-batches on one rank."""
+    job, lengths = context.job, kept_lengths(context)
+    places = spread(usable_rows(context), job.config.train.global_batch_size)
+    size = job.config.train.micro_batch_size
+    groups = group_rows([lengths[place] for place in places], size, job.packs)
+    return [[places[i] for i in group] for group in groups]
 
 
 def usable_rows(context: Context) -> list[int]:

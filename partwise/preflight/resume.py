@@ -26,6 +26,7 @@ FREE_KEYS = (
     "data.train",
     "data.eval",
     "data.num_workers",
+    "data.packing",
     "train.gradient_checkpointing",
     "train.micro_batch_size",
     "train.log_every",

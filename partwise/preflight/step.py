@@ -19,19 +19,21 @@ from partwise.preflight.boundary import Crossings, watched
 from partwise.preflight.context import Context
 from partwise.preflight.probe import (
     examples_at,
-    first_batch,
+    first_examples,
     num_searched_steps,
     probe_batches,
     reached_by_images,
     usable_rows,
 )
-from partwise.records import IGNORE_INDEX, Batch, Finding, PartPlan
+from partwise.records import IGNORE_INDEX, Batch, Example, Finding, PartPlan
 from partwise.training.job import Job
 from partwise.training.probe import measuring, untouched
 from partwise.training.step import batch_loss_sum, model_inputs
 
 # How far our loss may be from the one computed from the model's own logits, relative, by weight type.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# How many rows of a pack are compared with each of them alone.
+NUM_PACKED = 3
 
 
 @dataclass
@@ -64,7 +66,7 @@ def check_step(context: Context) -> list[Finding]:
 def step_findings(context: Context, batches: Sequence[Batch]) -> Iterator[Finding]:
     """Raises: torch.OutOfMemoryError."""
     job, model = context.job, context.loaded.model
-    own_loss = list(check_own_loss(job, model, reference_batch(context)))
+    own_loss = list(check_own_loss(job, model, reference_examples(context)))
     yield from own_loss
     if any(finding.level == "error" for finding in own_loss):
         return
@@ -73,12 +75,15 @@ def step_findings(context: Context, batches: Sequence[Batch]) -> Iterator[Findin
     yield from check_crossings(job, crossings, model.dtype, batches[0])
 
 
-def reference_batch(context: Context) -> Batch:
-    """The shortest row, with an image where one has any: whole logits of a long one may not fit in memory."""
-    rows, usable = context.train_scan.rows, usable_rows(context)
+def reference_examples(context: Context) -> list[Example]:
+    """The shortest row, with an image where one has any: whole logits of a long one may not fit in memory.
+
+    Where rows are packed, also the next ones: they must not see each other.
+    """
+    rows, usable, packs = context.train_scan.rows, usable_rows(context), context.job.packs
     usable.sort(key=lambda i: (not rows[i].image_sizes, rows[i].num_tokens))
-    examples = examples_at(context, usable[:1])
-    return collate(examples, context.job.pad_token_id) if examples else first_batch(context.job)
+    size = 1 if packs is None else min(NUM_PACKED, context.config.train.global_batch_size)
+    return examples_at(context, usable[:size]) or first_examples(context.job)[:size]
 
 
 def run_probes(job: Job, model: torch.nn.Module, batches: Sequence[Batch]) -> tuple[Gradients, Crossings]:
@@ -102,11 +107,15 @@ def run_probes(job: Job, model: torch.nn.Module, batches: Sequence[Batch]) -> tu
     return gradients, crossings
 
 
-def check_own_loss(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[Finding]:
-    """The loss is finite, and equal to cross-entropy on the logits that the model itself returns."""
+def check_own_loss(job: Job, model: torch.nn.Module, examples: Sequence[Example]) -> Iterator[Finding]:
+    """The loss is finite, and equal to cross-entropy on the logits that the model itself returns of each row
+    alone, under its own mask."""
+    batch = collate(examples, job.pad_token_id, job.packs)
+    alone = [collate([example], job.pad_token_id) for example in examples]
     with measuring(model):
         ours = batch_loss_sum(model, batch, job.device).item() / batch.num_target_tokens
-        reference = reference_loss(model, batch, job.device)
+        sums = [reference_loss_sum(model, row, job.device) for row in alone]
+    reference = sum(sums) / batch.num_target_tokens
     rows = batch_rows(batch)
     if not math.isfinite(ours):
         fix = "Try model.dtype=float32; check the weights."
@@ -124,12 +133,13 @@ def check_own_loss(job: Job, model: torch.nn.Module, batch: Batch) -> Iterator[F
     yield Finding("step", "info", text, rows, values={"loss": ours, "reference_loss": reference})
 
 
-def reference_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> float:
-    """Mean loss of the batch from the logits of the model's whole forward."""
+def reference_loss_sum(model: torch.nn.Module, batch: Batch, device: torch.device) -> float:
+    """Summed loss of the batch from the logits of the model's whole forward."""
     logits = model(**model_inputs(model, batch, device)).logits[:, :-1].float()
     labels = batch.labels[:, 1:].to(device)
-    total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return total.item() / batch.num_target_tokens
+    return cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    ).item()
 
 
 def check_gradients(job: Job, gradients: Gradients, batches: Sequence[Batch]) -> Iterator[Finding]:

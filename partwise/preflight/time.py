@@ -7,6 +7,7 @@ evaluation is forward passes. Not in it: checkpoints, whose disk is not tried, a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from partwise.data.collate import collate
 from partwise.data.scan import Scan
 from partwise.preflight.context import Context
-from partwise.preflight.probe import examples_at, spread, usable_rows
+from partwise.preflight.probe import examples_at, spread, typical_groups, usable_rows
 from partwise.records import Batch, Finding, StepData
 from partwise.tables import format_seconds
 from partwise.training.job import Job
@@ -37,9 +38,11 @@ TRIED_NUMBERS = 1 << 24
 class Timing:
     """Seconds of one micro-batch of the usual number of tokens, of one update, and of preparing one row.
 
-    `forward` is the micro-batch without its backward pass, 0 where no evaluation needs it.
+    `forward` is the micro-batch without its backward pass, 0 where no evaluation needs it. `number` is how
+    many a step has.
     """
 
+    number: int
     backward: float
     forward: float
     update: float
@@ -88,7 +91,7 @@ def check_time(context: Context) -> list[Finding]:
 def describe(job: Job, timing: Timing) -> str:
     """What a step is made of."""
     train, num_workers = job.config.train, job.config.data.num_workers
-    number = num_micro_batches(job)
+    number = timing.number
     batches = "1 micro-batch" if number == 1 else f"{number} micro-batches"
     prepared = format_seconds(train.global_batch_size * timing.row)
     if num_workers:
@@ -103,12 +106,16 @@ def describe(job: Job, timing: Timing) -> str:
     )
 
 
-def num_micro_batches(job: Job) -> int:
-    return -(-job.config.train.global_batch_size // job.config.train.micro_batch_size)
+def num_micro_batches(context: Context) -> int:
+    """Of a step of rows of the usual lengths."""
+    train, groups = context.config.train, typical_groups(context)
+    if context.job.packs is None:
+        return -(-train.global_batch_size // train.micro_batch_size)
+    return math.ceil(len(groups) * train.global_batch_size / sum(map(len, groups)))
 
 
 def step_seconds(job: Job, timing: Timing) -> float:
-    computing = num_micro_batches(job) * timing.backward + timing.update
+    computing = timing.number * timing.backward + timing.update
     return with_rows(job, computing, job.config.train.global_batch_size * timing.row)
 
 
@@ -126,7 +133,7 @@ def evaluations(context: Context, timing: Timing) -> tuple[int, float]:
     number = 1 + (job.num_steps - 1) // train.eval_every if train.eval_every else 1
     longer = tokens_per_row(scan, job) / tokens_per_row(context.train_scan, job)
     num_rows = len(job.eval_rows)
-    computing = num_rows / train.micro_batch_size * timing.forward * longer
+    computing = num_rows / train.global_batch_size * timing.number * timing.forward * longer
     return number, with_rows(job, computing, num_rows * timing.row * longer)
 
 
@@ -136,7 +143,8 @@ def time_passes(context: Context) -> Timing:
     batches = typical_batches(context)
     again = seconds_of(partial(typical_batches, context), job.device)  # the first time may still warm up
     row = again / sum(len(batch.rows) for batch in batches)
-    usual = job.config.train.micro_batch_size * tokens_per_row(context.train_scan, job)
+    number = num_micro_batches(context)
+    usual = job.config.train.global_batch_size / number * tokens_per_row(context.train_scan, job)
     scale = usual / mean(batch.num_input_tokens for batch in batches)
     with untouched(model):
         passes = [partial(accumulate_loss, model, StepData(0, (batch,)), job.device) for batch in batches]
@@ -148,18 +156,17 @@ def time_passes(context: Context) -> Timing:
             forward = measured_seconds(passes, job.device)
     sizes = [model.get_parameter(name).numel() for name in job.plan.trainable]
     shape = batches[len(batches) // 2].input_ids.shape
-    return Timing(backward * scale, forward * scale, update_seconds(sizes, job.device), row, tuple(shape))
+    return Timing(
+        number, backward * scale, forward * scale, update_seconds(sizes, job.device), row, tuple(shape)
+    )
 
 
 def typical_batches(context: Context) -> list[Batch]:
-    """Micro-batches of a step of rows from everywhere: rows of like length together, long and short ones."""
-    train, rows = context.config.train, context.train_scan.rows
-    step = spread(usable_rows(context), train.global_batch_size)
-    step.sort(key=lambda place: -rows[place].num_tokens)
-    size = train.micro_batch_size
-    chosen = spread(list(range(0, len(step), size)), NUM_BATCHES)
-    examples = [examples_at(context, step[first : first + size]) for first in chosen]
-    return [collate(rows, context.job.pad_token_id) for rows in examples if rows]
+    """Micro-batches of a step of rows from everywhere, long and short ones."""
+    job, groups = context.job, typical_groups(context)
+    chosen = [groups[i] for i in spread(list(range(len(groups))), NUM_BATCHES)]
+    examples = [examples_at(context, group) for group in chosen]
+    return [collate(rows, job.pad_token_id, job.packs) for rows in examples if rows]
 
 
 def tokens_per_row(scan: Scan, job: Job) -> float:

@@ -7,21 +7,24 @@ the meta device, before any weight is read.
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.config import Config
 from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader
+from partwise.data.packing import PackFormat
 from partwise.data.sources import Rows, open_rows
 from partwise.data.template import end_of_turn
 from partwise.engine.device import pick_device, seed_everything
 from partwise.engine.ranks import Ranks
 from partwise.errors import ConfigError
+from partwise.families import IMAGE_RUN_FIELDS
 from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import adapter_record, match_base, model_record
 from partwise.model.adapter import load_adapter
+from partwise.model.attention import packing_obstacle, use_packed_attention
 from partwise.model.folder import find_model_folder, model_name
 from partwise.model.load import (
     LoadedModel,
@@ -34,6 +37,7 @@ from partwise.model.load import (
 from partwise.model.memory import enable_gradient_checkpointing
 from partwise.model.parts import apply_plan
 from partwise.model.plan import resolve_plan
+from partwise.model.positions import grid_positions
 from partwise.model.quantize import quantize_parts
 from partwise.model.stops import stop_at
 from partwise.records import PartsPlan
@@ -120,6 +124,28 @@ class Job:
     def eval_loader(self) -> StepLoader | None:
         return None if self.eval_rows is None else self._loader(self.eval_rows, shuffle=False)
 
+    @cached_property
+    def packs(self) -> PackFormat | None:
+        """How micro-batches are packed; None where their rows are padded.
+
+        Raises:
+            ConfigError: data.packing is true and the model's rows cannot be packed.
+        """
+        data, model = self.config.data, self.empty_model
+        if data.packing is False:
+            return None
+        if obstacle := packing_obstacle(model.config, self.config.model.attention):
+            if data.packing:
+                where = self.config.where("data.packing")
+                raise ConfigError(f"{where}: data.packing: true: {obstacle}. Remove it, or set it to false.")
+            return None
+        has_axes = hasattr(model.base_model, "get_rope_index")
+        return PackFormat(
+            max_tokens=self.config.train.micro_batch_size * data.max_seq_len,
+            image_field=IMAGE_RUN_FIELDS.get(model.config.model_type),
+            positions=partial(grid_positions, model) if has_axes else None,
+        )
+
     def _loader(self, rows: Rows, shuffle: bool) -> StepLoader:
         train = self.config.train
         return StepLoader(
@@ -133,6 +159,7 @@ class Job:
             shuffle=shuffle,
             rank=self.ranks.rank,
             num_ranks=self.ranks.size,
+            packs=self.packs,
         )
 
     @property
@@ -157,6 +184,8 @@ class Job:
         # Before the rest moves, so that the device never holds the quantised layers at full width.
         quantize_parts(loaded.model, self.plan, device)
         loaded.model.to(device)
+        if self.packs is not None:
+            use_packed_attention(loaded.model)
         seed_everything(self.config.train.seed)
         apply_plan(loaded.model, self.plan)
         if self.adapter is not None:
@@ -168,6 +197,8 @@ class Job:
     def open_skeleton(self) -> LoadedModel:
         """The same on the meta device, without weights, for a rank that is given its share of them."""
         loaded = load_skeleton(self.config.model)
+        if self.packs is not None:
+            use_packed_attention(loaded.model)
         apply_plan(loaded.model, self.plan)
         if self.config.train.gradient_checkpointing:
             enable_gradient_checkpointing(loaded.model, self.plan)

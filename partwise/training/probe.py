@@ -19,6 +19,7 @@ from partwise.engine.device import restored_rng
 from partwise.engine.single import Engine
 from partwise.errors import DataError
 from partwise.lineage.verify import InputSide, Probe
+from partwise.model.attention import plain_attention
 from partwise.records import Dropped, Example
 from partwise.training.step import eval_mode, model_inputs
 
@@ -137,6 +138,6 @@ def take_probe(
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=str(engine.device or model.device),
         num_weights=sum(math.prod(engine.stretch(name, p).shape) for name, p in model.named_parameters()),
-        attention=model.config._attn_implementation,
+        attention=plain_attention(model),
         trust_remote_code=trust_remote_code,
     )

@@ -65,7 +65,8 @@ class Shares:
             flags = zip_longest(*(share.has_media for share in said), fillvalue=False)
             has_media = [self.engine.runs_vision and any(position) for position in flags]
             text, image = self.fillers
-            batches = align_batches(batches, has_media, text, image, self.loader.pad_token_id)
+            pad_token_id, packs = self.loader.pad_token_id, self.loader.packs
+            batches = align_batches(batches, has_media, text, image, pad_token_id, packs)
         return StepData(step_data.step, batches, dropped, totals)
 
     @cached_property

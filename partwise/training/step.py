@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from partwise.engine.single import Engine
 from partwise.errors import TrainingError
+from partwise.model.attention import takes_packs
+from partwise.model.flash import PackLayout
 from partwise.records import Batch, StepData
 from partwise.training.optim import Optimizer
 from partwise.training.watch import Observed, observe_gradients, observe_update
@@ -123,16 +125,23 @@ def model_inputs(
 ) -> dict[str, Any]:
     """The keyword arguments of the model's forward, on the device; pixels in `dtype`, or the model's."""
     dtype = dtype or model.dtype
+    is_real = batch.document_ids >= 0
     tensors = {
         "input_ids": batch.input_ids,
-        "attention_mask": (batch.document_ids >= 0).long(),
+        # A mask of four axes is handed on as it is: of a pack, transformers makes no mask.
+        "attention_mask": is_real.long() if batch.pack is None else is_real[:, None, None],
         **batch.token_fields,
         **batch.media,
     }
+    if batch.position_ids is not None:
+        tensors["position_ids"] = batch.position_ids
     inputs: dict[str, Any] = {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         for name, tensor in tensors.items()
     }
+    if batch.pack is not None:
+        assert takes_packs(model), "the documents of a pack would see each other"
+        inputs["pack"] = PackLayout.of(batch.pack, device)
     return {**inputs, "use_cache": False}
 
 

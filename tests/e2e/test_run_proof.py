@@ -89,7 +89,7 @@ def test_a_frozen_tensor_that_something_else_writes_stops_the_run(toy, tmp_path)
 
 def test_an_infinite_weight_is_named_with_its_layer_and_changes_nothing(toy, tmp_path, run_cli) -> None:
     name = "model.language_model.layers.1.mlp.down_proj"
-    config = toy.config(tmp_path, train__save_every=1)
+    config = toy.config(tmp_path, train__save_every=1, data__packing=False)
 
     def set_infinite(model: torch.nn.Module) -> None:
         model.get_submodule(name).weight[0, 0] = float("inf")
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_finite_is_named_where_the_loss_is_finite(toy, tm
             lambda module, into, out: tuple(None if g is None else g * float("inf") for g in into)
         )
 
-    model, before, told = train_here(toy.config(tmp_path), break_backward)
+    model, before, told = train_here(toy.config(tmp_path, data__packing=False), break_backward)
     assert "It began in the backward pass, in " in told and "is not finite, in micro-batch 1 of 2" in told
     assert "layers.1" not in told
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -48,7 +48,8 @@ def test_the_estimate_adds_up_and_says_what_it_is_made_of(
     """Four micro-batches and an update a step; 11 steps with an evaluation after each fifth and the last."""
 
     def find(**changes: object) -> Finding:
-        settings = {"train__steps": 11, "train__micro_batch_size": 4, "train__save_every": 5, **changes}
+        settings = {"train__steps": 11, "train__micro_batch_size": 4, "train__save_every": 5}
+        settings |= {"data__packing": False, **changes}
         config = partwise.load_config(toy.config(tmp_path, **settings))
         (finding,) = partwise.check(config, only=["time"])
         return finding
@@ -73,6 +74,7 @@ def test_processes_that_prepare_rows_take_their_time_meanwhile(toy, tmp_path: Pa
     config = partwise.load_config(toy.config(tmp_path, data__num_workers=2))
     (finding,) = partwise.check(config, only=["time"])
     values = finding.values
-    computing = 2 * values["micro_batch_seconds"] + values["update_seconds"]
+    assert "1 micro-batch of" in finding.message  # all 16 rows fit into one pack
+    computing = values["micro_batch_seconds"] + values["update_seconds"]
     assert values["step_seconds"] == pytest.approx(max(computing, 16 * values["row_seconds"] / 2))
     assert "each of 2 other processes prepares" in finding.message

@@ -28,7 +28,8 @@ def job(tiny_folder, tmp_path, make_image):
         path = tmp_path / "config.yaml"
         path.write_text(
             f"model: {{path: {tiny_folder(family)}}}\nparts: {parts}\n"
-            f"data: {{train: {tmp_path / 'rows.jsonl'}, num_workers: 0}}\noutput: {tmp_path / 'run'}\n"
+            f"data: {{train: {tmp_path / 'rows.jsonl'}, num_workers: 0, packing: false}}\n"
+            f"output: {tmp_path / 'run'}\n"
         )
         return Job(load_config(path, overrides))
 

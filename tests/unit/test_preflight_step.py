@@ -35,7 +35,9 @@ def make_context(tmp_path: Path, tiny_folder: Callable[[str], Path], make_image:
     """A context of a family with rows of growing length; `kinds` says for each whether it has an image."""
     make_image().save(tmp_path / "disc.png")
 
-    def make(family: str, parts: str, kinds: str = "tiiti", **model: object) -> Context:
+    def make(
+        family: str, parts: str, kinds: str = "tiiti", packing: bool | None = None, **model: object
+    ) -> Context:
         lines = []
         for i, kind in enumerate(kinds):
             has_image = kind == "i" and family not in ("llama", "gemma3-text")
@@ -47,7 +49,12 @@ def make_context(tmp_path: Path, tiny_folder: Callable[[str], Path], make_image:
         config = {
             "model": {"path": str(tiny_folder(family)), "dtype": "float32", **model},
             "parts": PARTS[parts],
-            "data": {"train": str(tmp_path / "rows.jsonl"), "max_seq_len": 256, "num_workers": 0},
+            "data": {
+                "train": str(tmp_path / "rows.jsonl"),
+                "max_seq_len": 256,
+                "num_workers": 0,
+                "packing": packing,
+            },
             "train": {"steps": 4, "global_batch_size": 2, "micro_batch_size": 2},
             "output": str(tmp_path / "run"),
         }
@@ -69,7 +76,7 @@ def test_every_family_passes_in_silence(make_context: MakeContext, family: str, 
 
 
 def test_the_longest_rows_come_first_and_mixed_rows_both_ways(make_context: MakeContext) -> None:
-    context = make_context("gemma3", "text")
+    context = make_context("gemma3", "text", packing=False)
     longest, other = probe_batches(context)
     limit = max(row.num_tokens for row in context.train_scan.rows)
     assert longest.input_ids.shape == (2, limit) and longest.media
@@ -193,7 +200,7 @@ def test_an_open_frozen_tensor_is_an_error(make_context: MakeContext) -> None:
 
 
 def test_a_micro_batch_that_does_not_fit_is_an_error_with_a_way_out(make_context: MakeContext) -> None:
-    context = make_context("llama", "text")
+    context = make_context("llama", "text", packing=False)
     longest = probe_batches(context)[0].input_ids.shape
 
     def allocate(module: object, inputs: tuple, *_: object) -> None:
