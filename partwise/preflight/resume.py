@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.num_workers",
     "train.gradient_checkpointing",
     "train.micro_batch_size",
+    "train.offload_optimizer",
     "train.log_every",
     "train.eval_every",
     "train.save_every",

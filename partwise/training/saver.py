@@ -217,7 +217,7 @@ class HostCopies:
             else self._buffer(name, tensor).copy_(tensor, non_blocking=True)
             for view, (name, tensor) in distinct_tensors(state).items()
         }
-        if any(tensor.is_cuda for tensor in state.model.values()):
+        if any(tensor.is_cuda for _, tensor in distinct_tensors(state).values()):
             torch.cuda.synchronize()
         model, optimizer = (
             {n: copies[view_of(t)] for n, t in tensors.items()} for tensors in (state.model, state.optimizer)

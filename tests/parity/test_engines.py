@@ -115,16 +115,7 @@ def run_on_nodes(jobs: list, folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = [
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
-        "--nnodes",
-        "2",
-        "--nproc_per_node",
-        "2",
-    ]
+    meeting = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     nodes = [
         subprocess.Popen(
             [
@@ -174,6 +165,15 @@ def test_a_run_goes_on_with_another_engine_and_number_of_ranks(cell, configs, re
     for _, values, _ in [*jobs, *three]:
         losses, norms = worst(curve(Path(values["output"])), references(cell, NUM_RESUMED_STEPS))
         assert losses < 1e-4 and norms < 1e-3, (values["output"], losses, norms)
+
+
+def test_an_offloaded_optimizer_changes_no_number(configs, references, tmp_path):
+    """Also through a checkpoint. On a CPU shards have no other place, but all goes through the policy."""
+    train = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9, "offload_optimizer": True}
+    values = configs("full", tmp_path / "run", **train)
+    run_on_ranks(2, [["fsdp", values, 0], ["fsdp", values, 6]], tmp_path)
+    losses, norms = worst(curve(tmp_path / "run"), references("full", NUM_RESUMED_STEPS))
+    assert losses < 1e-4 and norms < 1e-3
 
 
 def test_fsdp_shards_within_a_node_and_copies_across(configs, references, tmp_path):
