@@ -72,7 +72,7 @@ def check(
     findings = collect_findings(context, cheap)
     if not has_errors(findings):
         show_plan(context.job, console)
-        if number == 1 or fits_alone(context):
+        if (number == 1 and not config.train.offload_optimizer) or fits_alone(context):
             findings += collect_findings(context, dear)
         else:
             findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
