@@ -72,7 +72,7 @@ def check(
     findings = collect_findings(context, cheap)
     if not has_errors(findings):
         show_plan(context.job, console)
-        if number == 1 or fits_alone(context):
+        if (number == 1 and not config.train.offload_optimizer) or fits_alone(context):
             findings += collect_findings(context, dear)
         else:
             findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
@@ -99,7 +99,8 @@ def train(
             return train(config, resume, console, ranks)
     name = resolve_engine(config.engine, ranks.size)
     with connected_alone() if needs_group(name) and ranks.size == 1 else nullcontext():
-        return train_with(make_engine(name, ranks), config, resume, console)
+        engine = make_engine(name, ranks, config.train.offload_optimizer)
+        return train_with(engine, config, resume, console)
 
 
 def train_with(engine: Engine, config: Config, resume: bool, console: Console | None) -> Path:

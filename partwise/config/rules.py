@@ -48,7 +48,13 @@ def check_adapter(model: ModelConfig, parts: PartsConfig) -> Iterator[Fault]:
         )
 
 
-def check_engine(engine: str, parts: PartsConfig) -> Iterator[Fault]:
+def check_engine(engine: str, parts: PartsConfig, train: TrainConfig) -> Iterator[Fault]:
+    if train.offload_optimizer and engine != "fsdp":
+        yield Fault(
+            "train.offload_optimizer",
+            f"train.offload_optimizer: true beside engine: {engine}, which keeps everything on the GPU. "
+            "Write engine: fsdp, which also works on one GPU, or remove this.",
+        )
     quantized = [part for part in PART_NAMES if (s := parts.settings(part)) and s.quantization]
     if quantized and engine in ("fsdp", "zero2", "zero3"):
         yield Fault(

@@ -172,6 +172,11 @@ class TrainConfig(Section):
         "float32",
         description="Type of AdamW's two running means; 8bit takes a quarter of their memory.",
     )
+    offload_optimizer: bool = Field(
+        False,
+        description="Keep weight shards, masters and moments in the host's memory, and update them there: "
+        "less GPU memory, slower steps. For engine: fsdp.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Clip by the global norm.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute layers in the backward pass of the parts that need one."

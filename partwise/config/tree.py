@@ -165,7 +165,7 @@ def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> 
         *check_train(config.train),
         *check_parts(config.parts),
         *check_adapter(config.model, config.parts),
-        *check_engine(config.engine, config.parts),
+        *check_engine(config.engine, config.parts, config.train),
         *check_evaluation(config.train, config.data),
     ]
     return config

@@ -11,8 +11,9 @@ def needs_group(name: str) -> bool:
     return name not in ("single", "ddp")
 
 
-def make_engine(name: str, ranks: Ranks) -> Engine:
-    """`name` is one of single, ddp, fsdp, zero2, zero3."""
+def make_engine(name: str, ranks: Ranks, offload_optimizer: bool = False) -> Engine:
+    """`name` is one of single, ddp, fsdp, zero2, zero3; fsdp alone can offload."""
+    assert name == "fsdp" or not offload_optimizer, name
     if name == "ddp":
         from partwise.engine.ddp import Replicated
 
@@ -20,7 +21,7 @@ def make_engine(name: str, ranks: Ranks) -> Engine:
     if name == "fsdp":
         from partwise.engine.fsdp import Fsdp
 
-        return Fsdp(ranks)
+        return Fsdp(ranks, offload_optimizer)
     if name in ("zero2", "zero3"):
         from partwise.engine.zero import Zero2, Zero3
 

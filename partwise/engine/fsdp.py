@@ -4,6 +4,7 @@ In: on rank 0 the model, on the others the same on the meta device. Each decoder
 block of a vision tower that trains; embeddings, head and what else remains are the root's. Weights that
 train are held in fp32 and are their own masters; they are gathered in the type of the run and their gradients
 summed in fp32. A vision side that is wholly frozen stays whole on each rank: one without an image skips it.
+With `offload`, shards and their gradients lie on the host, and so do the masters and AdamW's moments.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from partwise.engine.ranks import Ranks
 from partwise.engine.receive import Receiver
 from partwise.engine.single import Engine, Stretch, trains_vision
 from partwise.model.find import find_parts
@@ -34,6 +42,11 @@ class Fsdp(Engine):
     runs_together = True
     shards_masters = True
     shards_weights = True
+    device: torch.device  # that runs the model and talks to other ranks, wherever the shards lie
+
+    def __init__(self, ranks: Ranks | None = None, offload: bool = False) -> None:
+        super().__init__(ranks)
+        self.offload = offload
 
     @property
     def num_sharing(self) -> int:
@@ -54,6 +67,7 @@ class Fsdp(Engine):
             "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
             "ignored_params": whole,
+            "offload_policy": offload_policy(device) if self.offload else OffloadPolicy(),
         }
         for unit in units(model, self.runs_vision):
             receiver.receive(unit)
@@ -112,7 +126,8 @@ class Fsdp(Engine):
         """Nothing: the master is the weight's own memory."""
 
     def total(self, values: Tensor) -> Tensor:
-        return self.ranks.sum(values, self.mesh.get_group(self.mesh.ndim - 1))
+        total = self.ranks.sum(values.to(self.device), self.mesh.get_group(self.mesh.ndim - 1))
+        return total.to(values.device)
 
     def total_norms(self, norms: Tensor) -> Tensor:
         return self.total(norms.double() ** 2).sqrt().to(norms.dtype)
@@ -123,10 +138,15 @@ class Fsdp(Engine):
 
     def whole(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = tensor.to(self.device).full_tensor() if isinstance(tensor, DTensor) else tensor
         if tensor.is_floating_point() and isinstance(tensor, DTensor):
             whole = whole.to(self.dtype)
         return whole.cpu()
+
+
+def offload_policy(device: torch.device) -> OffloadPolicy:
+    """Shards on the host. Each backward pass ends with their gradients there: FSDP2 waits for the copies."""
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
 def make_mesh(size: int, local_size: int, device: torch.device) -> DeviceMesh:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -78,13 +78,16 @@ class Passing:
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes that a rank holds. `masters_bytes` are of weights that train and are not fp32 in the model."""
+    """Bytes that a rank holds on its device. `masters_bytes` are of weights that train and are not fp32 in
+    the model; `host_bytes` are what it holds on the host instead.
+    """
 
     weights_bytes: int
     masters_bytes: int
     moments_bytes: int
     gradients_bytes: int
     passing: Passing
+    host_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -156,21 +159,54 @@ LAYOUTS = {
 def share_of(weights: Weights, engine: str, num_ranks: int = 1, offload_optimizer: bool = False) -> Share:
     """What each of `num_ranks` ranks that share one copy holds; shards are taken to be equal.
 
-    `offload_optimizer`: masters and moments lie in the host's memory.
+    `offload_optimizer`: all shards lie in the host's memory, which fsdp alone can do.
     """
+    assert engine == "fsdp" or not offload_optimizer, engine
     layout = LAYOUTS[engine]
     state_ranks = num_ranks if layout.cuts_states else 1
     trained = weights.trained
     shards = [-(-tensor.num_elements // state_ranks) for tensor in trained]
     num_small = sum(n for n, tensor in zip(shards, trained, strict=True) if tensor.itemsize < 4)
     moments_bytes = sum(moment_bytes(n, weights.optimizer_states) for n in shards)
-    return Share(
+    share = Share(
         weights_bytes=sum(weight_bytes(tensor, layout, num_ranks) for tensor in weights.tensors),
-        masters_bytes=0 if offload_optimizer else 4 * num_small,
-        moments_bytes=0 if offload_optimizer else moments_bytes,
+        masters_bytes=4 * num_small,
+        moments_bytes=moments_bytes,
         gradients_bytes=4 * sum(shards),
         passing=layout.passing(weights),
     )
+    return move_to_host(share, weights, num_ranks) if offload_optimizer else share
+
+
+def move_to_host(share: Share, weights: Weights, num_ranks: int) -> Share:
+    """The same with all shards on the host, where FSDP2 pins those of weights and gradients.
+
+    Beside what passes anyway, shards of a layer come as they lie there, and those of gradients go in fp32.
+    """
+    pinned = 0
+    for tensor in weights.shardable:
+        num_elements = -(-tensor.num_elements // num_ranks)
+        itemsize = 4 if tensor.trains else tensor.itemsize
+        pinned += pinned_bytes(itemsize * num_elements) + tensor.trains * pinned_bytes(4 * num_elements)
+    layer, _ = unit_elements(weights.shardable)
+    trained_layer, trained_root = unit_elements(weights.trained)
+    return Share(
+        weights_bytes=sum(tensor.rest_bytes for tensor in weights.tensors if tensor.is_apart),
+        masters_bytes=0,
+        moments_bytes=0,
+        gradients_bytes=0,
+        passing=replace(
+            share.passing,
+            layer_bytes=share.passing.layer_bytes + 4 * -(-(layer + trained_layer) // num_ranks),
+            last_bytes=share.passing.last_bytes + 4 * -(-trained_root // num_ranks),
+        ),
+        host_bytes=pinned + share.moments_bytes,
+    )
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What a tensor takes in pinned memory: torch's blocks there are powers of two."""
+    return 1 << max(0, num_bytes - 1).bit_length()
 
 
 def weight_bytes(tensor: Weight, layout: Layout, num_ranks: int) -> int:

@@ -55,10 +55,11 @@ def check_memory(context: Context) -> list[Finding]:
         )
         return [Finding("memory", "info", text, config.where("model"))]
     limit = device_bytes(job.device)
+    on_host = judge_host(context, footprint)
     finding = judge(context, footprint, row, limit, on_gpu=job.device.type == "cuda")
     if finding.level != "error":
-        return [finding]
-    return [with_fix(context, finding, footprint, row, limit)]
+        return [finding, *on_host]
+    return [with_fix(context, finding, footprint, row, limit), *on_host]
 
 
 def judge(context: Context, footprint: Footprint, row: RowShape, limit: int, on_gpu: bool) -> Finding:
@@ -86,6 +87,26 @@ def describe_micro_batch(context: Context, row: RowShape) -> str:
     if row.most_rows is None:
         return f"{size} rows of {row.num_tokens} tokens a micro-batch"
     return f"packs of up to {min(size, row.most_rows) * row.num_tokens:,} tokens"
+
+
+def judge_host(context: Context, footprint: Footprint) -> list[Finding]:
+    """A warning where the shards that are kept on the host are more than it has free."""
+    needed, limit = all_host_bytes(context, footprint), host_memory_bytes()
+    if needed <= limit:
+        return []
+    text = (
+        f"train.offload_optimizer keeps about {format_bytes(needed)} in this machine's memory, which has "
+        f"{format_bytes(limit)} free"
+    )
+    fix = "It may not fit: train fewer parts, set train.optimizer_states: 8bit, or take more machines."
+    values = {"host_bytes": needed, "limit_bytes": limit}
+    return [Finding("memory", "warning", text, context.config.where("train.offload_optimizer"), fix, values)]
+
+
+def all_host_bytes(context: Context, footprint: Footprint) -> int:
+    """Of all ranks on this machine. A check stands for a run whose ranks are all here."""
+    ranks = context.job.ranks
+    return footprint.share.host_bytes * (ranks.local_size if ranks.size > 1 else context.num_ranks)
 
 
 def fits_alone(context: Context) -> bool:
@@ -123,6 +144,7 @@ def with_fix(context: Context, finding: Finding, footprint: Footprint, row: RowS
     fix = " ".join(filter(None, fixes)) or states_fix(context, row, limit)
     if context.config.parts.settings("language_model"):
         fix = fix or adapter_fix(context, row, limit)
+    fix = fix or offload_fix(context, footprint, limit)
     fix = fix or "Nothing less fits: train fewer parts, lower data.max_seq_len, or take a larger GPU."
     return Finding(finding.check, finding.level, finding.message, finding.where, fix, finding.values)
 
@@ -161,6 +183,22 @@ def adapter_fix(context: Context, row: RowShape, limit: int) -> str:
     return ""
 
 
+def offload_fix(context: Context, footprint: Footprint, limit: int) -> str:
+    """All shards on the host; "" where they are there already, cannot be cut, or that is not enough."""
+    train = context.config.train
+    if train.offload_optimizer or any(part.quantization for part in context.job.plan.parts):
+        return ""
+    spread = footprint.on_ranks("fsdp", context.num_ranks, offload_optimizer=True)
+    if all_host_bytes(context, spread) > host_memory_bytes():
+        return ""
+    fix = rows_fix(context.config, spread, limit, always=True)
+    peak = spread.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
+    return fix and (
+        f"Set engine: fsdp with train.offload_optimizer: true, with which it takes {format_bytes(peak)}"
+        f"{on_each(context)} and steps are slower. {fix}"
+    )
+
+
 def rows_fix(config: Config, footprint: Footprint, limit: int, always: bool = False) -> str:
     """What to set so that the footprint fits; "" where nothing does. `always`: as it is may be the answer."""
     train = config.train
@@ -181,7 +219,9 @@ def config_footprint(context: Context, config: Config, row: RowShape) -> Footpri
     model = planned_model(config.model, plan)
     attention = config.model.attention if row.most_rows is None else "packed"
     alone = estimate_footprint(model, plan, row, attention, config.train.optimizer_states)
-    return alone.on_ranks(context.engine, context.num_ranks)
+    # On a CPU the host is where shards are anyway.
+    offloads = config.train.offload_optimizer and context.job.device.type == "cuda"
+    return alone.on_ranks(context.engine, context.num_ranks, offloads)
 
 
 def longest_row(context: Context) -> RowShape | None:

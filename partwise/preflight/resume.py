@@ -29,6 +29,7 @@ FREE_KEYS = (
     "data.packing",
     "train.gradient_checkpointing",
     "train.micro_batch_size",
+    "train.offload_optimizer",
     "train.log_every",
     "train.eval_every",
     "train.save_every",

@@ -75,6 +75,8 @@ def check_time(context: Context) -> list[Finding]:
         text += f"; {times} of {format_seconds(evaluation)}"
     if job.config.train.save_every:
         text += "; without checkpoints"
+    if job.config.train.offload_optimizer:
+        text += "; without the way of weights and gradients between host and GPU"
     values = {
         "seconds": total,
         "num_steps": job.num_steps,
@@ -156,9 +158,9 @@ def time_passes(context: Context) -> Timing:
             forward = measured_seconds(passes, job.device)
     sizes = [model.get_parameter(name).numel() for name in job.plan.trainable]
     shape = batches[len(batches) // 2].input_ids.shape
-    return Timing(
-        number, backward * scale, forward * scale, update_seconds(sizes, job.device), row, tuple(shape)
-    )
+    device = torch.device("cpu") if job.config.train.offload_optimizer else job.device
+    seconds = update_seconds(sizes, device)
+    return Timing(number, backward * scale, forward * scale, seconds, row, tuple(shape))
 
 
 def typical_batches(context: Context) -> list[Batch]:

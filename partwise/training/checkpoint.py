@@ -32,6 +32,7 @@ from partwise.training.shards import Shards
 from partwise.training.state import SavedState, state_file, state_files, write_state
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from partwise.model.load import LoadedModel
@@ -248,11 +249,22 @@ def write_model(
             metadata={"format": "pt"},
         )
         adapter_config(plan, loaded.name).save_pretrained(folder)
-    elif state.keys() != loaded.model.state_dict().keys():
+    elif state.keys() != state_names(loaded.model):
         with_base_weights(loaded, state).save_pretrained(folder)
     else:
         loaded.model.save_pretrained(folder, state_dict=dict(state))
     loaded.processor.save_pretrained(folder)
+
+
+def state_names(model: nn.Module) -> set[str]:
+    """The keys of the model's state_dict, which a thread beside the training must not ask for: with FSDP2
+    that cuts the weights back into shards, under the layers that run.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        saved = module._buffers.keys() - module._non_persistent_buffers_set
+        names |= {f"{path}.{name}" if path else name for name in saved if module._buffers[name] is not None}
+    return names
 
 
 def with_base_weights(loaded: LoadedModel, trained: dict[str, Tensor]) -> PreTrainedModel:

@@ -26,8 +26,9 @@ from partwise.training.state import MASTER, SavedState
 class Optimizer:
     """Masters, parameter groups and schedule of the parts that train.
 
-    `masters` holds, by parameter name, the tensor that AdamW updates. `stopped` is 1.0 on the device from the
-    first step on whose loss or gradient norm was not finite: masters, moments and weights stay as before it.
+    `masters` holds, by parameter name, the tensor that AdamW updates. `stopped` is 1.0 from the first step on
+    whose loss or gradient norm was not finite: masters, moments and weights stay as before it. It lies beside
+    the masters, and so do norms: on the device, or on the host where the engine keeps them there.
 
     Raises:
         PlanError: nothing trains.
@@ -102,14 +103,14 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, step: int, loss: Tensor | None = None) -> dict[str, Tensor]:
-        """One update; the gradient norm of each part before clipping, as scalars on the device.
+        """One update; the gradient norm of each part before clipping, as scalars beside the masters.
 
         Gradients are gone afterwards. A tensor without gradient is left as it is, moments included; so are
         all when a norm or `loss` (scalar) is not finite, now or at an earlier step.
         """
         norms = self._grad_norms()
         norm = global_norm(norms.values())
-        judged = norm.double() if loss is None else norm.double() + loss
+        judged = norm.double() if loss is None else norm.double() + loss.to(norm.device)
         self.stopped.copy_(torch.maximum(self.stopped, (~judged.isfinite()).float()))
         rates = self.learning_rates(step)
         for group in self.adamw.param_groups:

@@ -97,8 +97,12 @@ def frozen_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fingerprints(tensors: Iterable[Tensor]) -> Tensor:
-    """Sums, and sums of squares, of the tensors' bit patterns as integers: (tensors, 2) int64."""
-    return torch.stack([fingerprint(tensor) for tensor in tensors])
+    """Sums, and sums of squares, of the tensors' bit patterns as integers: (tensors, 2) int64.
+
+    On the device of the first; masters may lie on the host and frozen tensors on the GPU.
+    """
+    sums = [fingerprint(tensor) for tensor in tensors]
+    return torch.stack([each.to(sums[0].device) for each in sums])
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

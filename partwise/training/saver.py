@@ -25,6 +25,7 @@ from partwise.errors import UserError
 from partwise.lineage.manifest import read_manifest
 from partwise.lineage.publish import open_partial, partial_of, told
 from partwise.lineage.verify import Probe
+from partwise.model.shares import pinned_bytes
 from partwise.records import PartsPlan
 from partwise.tables import format_bytes
 from partwise.training.checkpoint import (
@@ -217,7 +218,7 @@ class HostCopies:
             else self._buffer(name, tensor).copy_(tensor, non_blocking=True)
             for view, (name, tensor) in distinct_tensors(state).items()
         }
-        if any(tensor.is_cuda for tensor in state.model.values()):
+        if any(tensor.is_cuda for _, tensor in distinct_tensors(state).values()):
             torch.cuda.synchronize()
         model, optimizer = (
             {n: copies[view_of(t)] for n, t in tensors.items()} for tensors in (state.model, state.optimizer)
@@ -263,5 +264,5 @@ def view_of(tensor: Tensor) -> tuple:
 
 
 def allocated_bytes(tensor: Tensor) -> int:
-    """What a copy takes on the host: torch's pinned blocks are powers of two."""
-    return 1 << max(0, tensor.nbytes - 1).bit_length() if tensor.is_cuda else tensor.nbytes
+    """What a copy takes on the host, where those of a GPU's tensors are pinned."""
+    return pinned_bytes(tensor.nbytes) if tensor.is_cuda else tensor.nbytes

@@ -86,7 +86,7 @@ def train_step(
     check_reached(optimizer, step_data)
     return StepOutcome(
         step=step_data.step,
-        values=torch.stack([total, *(norm.double() for norm in norms.values())]),
+        values=torch.stack([total, *(norm.to(total) for norm in norms.values())]),
         parts=tuple(norms),
         rows=step_data.rows,
         num_input_tokens=step_data.num_input_tokens,

@@ -32,7 +32,7 @@ from partwise.training.metrics import read_metrics
 def train_curve(engine_name: str, values: dict[str, Any], ranks: Ranks, resume_step: int = 0) -> Path:
     """The run folder with its metrics; from a checkpoint in it where `resume_step` is given."""
     config = Config.model_validate(values)
-    job, engine = Job(config, ranks), make_engine(engine_name, ranks)
+    job, engine = Job(config, ranks), make_engine(engine_name, ranks, config.train.offload_optimizer)
     loaded = job.open_model() if ranks.is_first else open_for(job, engine)
     engine.spread(loaded.model, job.plan, loaded.dtype, job.device)
     folder = Path(config.output)

@@ -169,6 +169,15 @@ def test_a_run_goes_on_with_another_engine_and_number_of_ranks(cell, configs, re
         assert losses < 1e-4 and norms < 1e-3, (values["output"], losses, norms)
 
 
+def test_an_offloaded_optimizer_changes_no_number(configs, references, tmp_path):
+    """Also through a checkpoint. On a CPU shards have no other place, but all goes through the policy."""
+    train = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9, "offload_optimizer": True}
+    values = configs("full", tmp_path / "run", **train)
+    run_on_ranks(2, [["fsdp", values, 0], ["fsdp", values, 6]], tmp_path)
+    losses, norms = worst(curve(tmp_path / "run"), references("full", NUM_RESUMED_STEPS))
+    assert losses < 1e-4 and norms < 1e-3
+
+
 def test_fsdp_shards_within_a_node_and_copies_across(configs, references, tmp_path):
     """Also through a checkpoint, whose shards are there twice."""
     train = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9}

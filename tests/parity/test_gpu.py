@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from partwise.engine.device import peak_memory_bytes, pick_device
+from partwise.engine.fsdp import Fsdp
+from partwise.engine.join import connected_alone
 from partwise.model.head import token_loss_sum
 from partwise.model.quantize import dequantized, quantize_linear
 from partwise.training.optim import Optimizer
+from partwise.training.proof import Proof
 from partwise.training.step import model_inputs, read_outcomes, train_step
 
 pytestmark = [
@@ -72,6 +75,47 @@ def test_the_host_waits_for_nothing_in_loss_and_update(language_model, states, o
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert norms["language_model"] > 0
+
+
+def train_in_shards(tiny, parts, device: torch.device, offload: bool, **settings: str):
+    """Losses, norms and what is observed of three steps; the optimizer, and a proof of them; the weights."""
+    plan, config = tiny.plan(parts, **settings)
+    engine = Fsdp(offload=offload)
+    with connected_alone():
+        engine.spread(tiny.model, plan, tiny.model.dtype, device)
+        optimizer = Optimizer(tiny.model, plan, config.train, 3, engine)
+        proof = Proof(tiny.model, plan, optimizer)
+        outcomes = [
+            train_step(tiny.model, tiny.split([2, 2], step), optimizer, device, observe=True)
+            for step in range(3)
+        ]
+        numbers = [[value.loss, value.grad_norm] for value in read_outcomes(outcomes)]
+        observed = [outcome.observed.values.flatten().tolist() for outcome in outcomes]
+        finding = proof.check(3)
+        weights = {name: engine.whole(parameter) for name, parameter in optimizer.parameters.items()}
+    return numbers, observed, optimizer, finding, weights
+
+
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("parts", [{"language_model": "full"}, {"projector": "full"}], ids=list)
+def test_an_optimizer_on_the_host_does_the_same(parts, states, open_tiny):
+    """Also beside a frozen vision side, which stays on the GPU."""
+    device = pick_device()
+    (numbers, observed, optimizer, finding, weights), expected = (
+        train_in_shards(open_tiny("gemma3", (1, 0, 2, 1)), parts, device, offload, optimizer_states=states)
+        for offload in (True, False)
+    )
+    lie_on = {m.device.type for m in optimizer.masters.values()}
+    lie_on |= {tensor.device.type for tensor in optimizer.state_dict().values()}
+    assert lie_on == {optimizer.stopped.device.type} == {"cpu"}
+    assert expected[2].stopped.device.type == "cuda"
+    tolerance = 1e-3 if states == "float32" else 5e-3
+    for found, wanted in zip(numbers + observed, expected[0] + expected[1], strict=True):
+        assert found == pytest.approx(wanted, rel=tolerance, abs=1e-9)
+    assert finding.message == expected[3].message
+    for name, weight in weights.items():
+        wanted = expected[4][name]
+        assert weight.dist(wanted) < 10 * tolerance * wanted.norm(), name
 
 
 @pytest.mark.parametrize("is_double", [False, True])

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from partwise.config import Config, ModelConfig
+from partwise.engine.fsdp import Fsdp
+from partwise.engine.join import connected_alone
 from partwise.errors import CheckpointError, TrainingError
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import make_manifest, read_manifest, stamp_manifest
@@ -21,12 +24,15 @@ from partwise.model.load import empty_model, load_model
 from partwise.model.parts import apply_plan, resolve_plan
 from partwise.training.checkpoint import (
     load_checkpoint,
+    model_state,
     newest_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
     save_final,
+    state_names,
     torn_checkpoints,
     training_state,
+    write_model,
 )
 from partwise.training.optim import Optimizer
 
@@ -342,3 +348,23 @@ def test_the_manifest_lists_every_file_with_its_checksum(run):
     faults = verify_files(folder, manifest)
     assert [fault.split()[:2] for fault in faults] == [["model.safetensors", "has"], ["tokenizer.json", "is"]]
     assert verify_files(folder, manifest, ["config.json"]) == []
+
+
+def test_writing_leaves_gathered_weights_to_the_training(tiny_folder, tmp_path):
+    """A thread writes while FSDP2 has gathered a layer that runs."""
+    run = Run(tiny_folder("gemma3"), tmp_path / "run", FULL)
+    engine = Fsdp()
+    with connected_alone():
+        engine.spread(run.loaded.model, run.plan, torch.float32, torch.device("cpu"))
+        state = model_state(run.loaded, run.plan, engine)
+        engine.net.unshard()
+        write_model(tmp_path / "written", run.loaded, run.plan, state)
+        assert not isinstance(run.loaded.model.get_input_embeddings().weight, DTensor)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava-next", "qwen2.5-vl", "llama"])
+def test_state_names_are_those_of_the_state_dict(load_tiny, family):
+    model = load_tiny(family)
+    model.register_buffer("kept", torch.zeros(1))
+    model.register_buffer("passing", torch.zeros(1), persistent=False)
+    assert state_names(model) == set(model.state_dict())

@@ -121,12 +121,20 @@ engine: zero4
         "c.yaml:19: train.freeze_llm: unknown key. It belongs at the top level.",
         "c.yaml:20: train.warp: unknown key. The keys here are epochs, steps, global_batch_size, "
         "micro_batch_size, learning_rate, learning_rate_schedule, warmup_steps, min_learning_rate_fraction, "
-        "weight_decay, adam_betas, adam_eps, optimizer_states, max_grad_norm, gradient_checkpointing, seed, "
-        "log_every, eval_every, "
-        "save_every, keep_last, keep_best, verify.",
+        "weight_decay, adam_betas, adam_eps, optimizer_states, offload_optimizer, max_grad_norm, "
+        "gradient_checkpointing, seed, log_every, eval_every, save_every, keep_last, keep_best, verify.",
         'c.yaml:21: engine: "zero4" is not one of auto, single, ddp, fsdp, zero2, zero3. '
         'Did you mean "zero3"?',
     ]
+
+
+@pytest.mark.parametrize("engine", ["auto", "single", "ddp", "zero3"])
+def test_only_fsdp_offloads(engine):
+    assert load(GOOD, "engine=fsdp", "train.offload_optimizer=true").train.offload_optimizer
+    with pytest.raises(
+        ConfigError, match=f"offload_optimizer: true beside engine: {engine}.*Write engine: fsdp"
+    ):
+        load(GOOD, f"engine={engine}", "train.offload_optimizer=true")
 
 
 @pytest.mark.parametrize("engine", ["auto", "single", "ddp", "fsdp", "zero2", "zero3"])

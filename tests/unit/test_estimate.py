@@ -204,6 +204,36 @@ def test_4_bits_are_advised_where_lora_alone_does_not_fit(job, monkeypatch) -> N
     )
 
 
+def test_an_offloaded_optimizer_is_judged_on_gpu_and_host(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "engine=fsdp", "train.offload_optimizer=true")
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: 10)
+    (on_cpu,) = memory.check_memory(Context(made, engine="fsdp", num_ranks=2))
+    spread = footprint(made, memory.longest_row(Context(made))).on_ranks("fsdp", 2)
+    assert on_cpu.values["peak_bytes"] == spread.peak_bytes(4, False)
+
+    monkeypatch.setattr(memory, "device_bytes", lambda device: 1 << 40)
+    made.__dict__["device"] = torch.device("cuda")
+    on_gpu, on_host = memory.check_memory(Context(made, engine="fsdp", num_ranks=2))
+    offloaded = spread.on_ranks("fsdp", 2, offload_optimizer=True)
+    assert on_gpu.values["peak_bytes"] == offloaded.peak_bytes(4, False) < spread.peak_bytes(4, False)
+    assert on_host.level == "warning" and on_host.values["host_bytes"] == 2 * offloaded.share.host_bytes
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: 2 * offloaded.share.host_bytes)
+    assert len(memory.check_memory(Context(made, engine="fsdp", num_ranks=2))) == 1
+
+
+def test_offloading_is_advised_where_nothing_else_fits(job, monkeypatch) -> None:
+    parts = "{vision_tower: full, projector: full}"
+    made = job("gemma3", parts, "train.micro_batch_size=1", "train.optimizer_states=8bit")
+    whole = footprint(made, memory.longest_row(Context(made)))
+    peak = whole.on_ranks("fsdp", 1, offload_optimizer=True).peak_bytes(1, False)
+    limit = int(peak / 0.9) + 9
+    assert limit < whole.peak_bytes(1, True)
+    advice = f"Set engine: fsdp with train.offload_optimizer: true, with which it takes {format_bytes(peak)}"
+    assert error_of(made, monkeypatch, limit).fix.startswith(advice)
+    monkeypatch.setattr(memory, "host_memory_bytes", lambda: 10)
+    assert "Nothing less fits" in error_of(made, monkeypatch, limit).fix
+
+
 def test_the_check_needs_no_weights(job, tiny_folder, tmp_path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()

@@ -11,7 +11,6 @@ from partwise.model.estimate import planned_model
 from partwise.model.load import empty_model
 from partwise.model.plan import resolve_plan
 from partwise.model.shares import (
-    LAYOUTS,
     Passing,
     Weight,
     Weights,
@@ -70,10 +69,20 @@ def test_buckets_and_live_weights_are_bounded() -> None:
     assert (passing.layer_bytes, passing.gathered_bytes) == (6 * 50_000_000, 2 * 1_000_000_000)
 
 
-@pytest.mark.parametrize("engine", LAYOUTS)
-def test_an_optimizer_on_the_host_takes_nothing_here(engine: str) -> None:
-    weights, _, _, gradients = fixed(engine, 4)
-    assert fixed(engine, 4, offload_optimizer=True) == (weights, 0, 0, gradients)
+def test_what_is_offloaded_by_hand() -> None:
+    """What no engine shards stays; masters and gradients are pinned in powers of two, moments are not."""
+    assert fixed("fsdp", 4, offload_optimizer=True) == (2 * TOWER, 0, 0, 0)
+    share = share_of(WEIGHTS, "fsdp", 4, offload_optimizer=True)
+    assert share.host_bytes == 2 * (1024 + 512 + 512) + 8 * SHARD
+    passing = share_of(WEIGHTS, "fsdp", 4).passing
+    assert share.passing == replace(
+        passing,
+        layer_bytes=passing.layer_bytes + 4 * -(-2 * LARGE // 4),
+        last_bytes=passing.last_bytes + 4 * EMBEDDINGS // 4,
+    )
+    frozen = Weight(400, 2, 800, trains=False, unit="layers.0")
+    alone = share_of(replace(WEIGHTS, tensors=(frozen,)), "fsdp", 4, offload_optimizer=True)
+    assert (alone.host_bytes, alone.fixed_bytes) == (256, 0)
 
 
 def test_fp32_weights_are_their_own_masters_everywhere() -> None:
