@@ -246,9 +246,12 @@ def longest_row(context: Context) -> RowShape | None:
 
 def pack_shape(context: Context, longest: RowShape, rows: Sequence[ScannedRow]) -> RowShape:
     """max_seq_len tokens of a pack, as full of images as the row that has the most for its tokens; less where
-    the rows of a whole step are shorter than that."""
-    limit, num_rows = context.config.data.max_seq_len, context.config.train.global_batch_size
-    num_tokens = min(limit, num_rows * longest.num_tokens)
+    the longest rows that a rank's share of a step could have are shorter than that."""
+    limit = context.config.data.max_seq_len
+    num_rows = math.ceil(context.config.train.global_batch_size / context.num_ranks)
+    lengths = sorted((min(row.num_tokens, limit) for row in rows), reverse=True)[:num_rows]
+    all_tokens = math.ceil(sum(lengths) * num_rows / len(lengths))
+    num_tokens = min(limit, all_tokens)
     densest = max(len(row.image_sizes) / min(row.num_tokens, limit) for row in rows)
     most_images = max(len(row.image_sizes) for row in rows)
     tiles_per_image = longest.num_tiles // max(1, most_images)
@@ -258,7 +261,7 @@ def pack_shape(context: Context, longest: RowShape, rows: Sequence[ScannedRow]) 
         num_tokens=num_tokens,
         num_target_tokens=num_tokens,
         num_tiles=tiles_per_image * num_images,
-        most_rows=math.ceil(num_rows * longest.num_tokens / num_tokens),
+        most_rows=math.ceil(all_tokens / num_tokens),
     )
 
 

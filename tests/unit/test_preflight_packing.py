@@ -133,8 +133,8 @@ def test_memory_is_that_of_the_fullest_pack(open_context):
 def test_a_step_shorter_than_a_pack_takes_no_more_than_its_rows(open_context):
     context = open_context("llama", max_seq_len=4096)
     row = longest_row(context)
-    longest = max(row.num_tokens for row in context.train_scan.rows)
-    assert row.num_tokens == NUM_ROWS * longest and row.most_rows == 1
+    lengths = [row.num_tokens for row in context.train_scan.rows]
+    assert len(lengths) == NUM_ROWS and row.num_tokens == sum(lengths) and row.most_rows == 1
     assert num_micro_batches(context) == 1
 
 
