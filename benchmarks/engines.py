@@ -41,6 +41,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "parts": {"projector": "full", "language_model": "full"},
         "train": {"gradient_checkpointing": True},
     },
+    "offload": {
+        "shape": "4b",
+        "parts": {"projector": "full", "language_model": "full"},
+        "train": {"gradient_checkpointing": True, "offload_optimizer": True},
+    },
     "full12b": {
         "shape": "12b",
         "parts": {"projector": "full", "language_model": "full"},
