@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 # The files that take longest begin first: two processes then end at about the same time.
-LONGEST = ("test_readme", "test_engines", "test_families", "test_launch", "test_zero", "test_comparison")
+LONGEST = ("test_readme", "test_engines", "test_families", "test_processes", "test_zero", "test_comparison")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -128,7 +128,11 @@ BAD_CONFIGS = {
         {"train": {"epochs": 2, "global_batch_size": 80, "micro_batch_size": 8, "warmup_steps": 4}},
         ["leaves nothing of the 4 steps that 160 rows make in train.epochs 2"],
     ),
-    "engine": ({"engine": "zero3"}, ["zero3", "this version trains on one"]),
+    "engine": ({"engine": "zero4"}, ['"zero4" is not one of', 'Did you mean "zero']),
+    "engine beside 4 bits": (
+        {"engine": "zero3", "parts": {"language_model": {"mode": "lora", "quantization": "nf4"}}},
+        ["zero3", "cannot be cut into shards", "engine: ddp"],
+    ),
     "lora on a bare parameter": ({"parts": {"projector": "lora"}}, ["projector", "full"]),
 }
 
