@@ -127,8 +127,8 @@ class DataConfig(Section):
     packing: bool | None = Field(
         None,
         description="A micro-batch is rows one after the other, at most micro_batch_size * max_seq_len "
-        "tokens, instead of padded rows. Default: wherever the model's attention mask is known exactly; true "
-        "is an error elsewhere.",
+        "tokens, instead of padded rows. Default: wherever the model's attention mask is known exactly and "
+        "no vision tower trains; true is an error where it is not known.",
     )
     num_workers: int = Field(
         2,

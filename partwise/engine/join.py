@@ -28,7 +28,7 @@ HOST_TIMEOUT = timedelta(hours=2)
 DEVICE_TIMEOUT = timedelta(minutes=30)
 
 _joins = count()
-has_connected = False  # whether this process has had a process group
+has_connected = False  # whether this process has been one of several
 
 
 @contextmanager
@@ -80,8 +80,6 @@ def connected(started: Started, store: dist.Store) -> Iterator[Ranks]:
 @contextmanager
 def connected_alone() -> Iterator[None]:
     """A block with a process group of this process alone, which uses no network: some engines need one."""
-    global has_connected
-    has_connected = True
     variables = Started(rank=0, size=1, local_rank=0, local_size=1).variables()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     with exported(variables):

@@ -6,7 +6,6 @@ In: the scan of the training rows. Out: one finding, for rows from everywhere as
 from __future__ import annotations
 
 from partwise.data.collate import group_rows
-from partwise.model.attention import packing_obstacle
 from partwise.preflight.context import Context
 from partwise.preflight.probe import kept_lengths, typical_groups
 from partwise.records import Finding
@@ -21,9 +20,7 @@ def check_packing(context: Context) -> list[Finding]:
     job, where = context.job, context.config.where("data.packing")
     packs = job.packs
     if packs is None:
-        obstacle = packing_obstacle(job.empty_model.config, context.config.model.attention)
-        reason = "data.packing is false" if context.config.data.packing is False else obstacle
-        return [Finding("packing", "info", f"rows are padded: {reason}", where)]
+        return [Finding("packing", "info", f"rows are padded: {job.padding_reason}", where)]
     groups = typical_groups(context)
     if not groups:
         return []  # no row can be used, which another check says

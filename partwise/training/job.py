@@ -132,12 +132,10 @@ class Job:
             ConfigError: data.packing is true and the model's rows cannot be packed.
         """
         data, model = self.config.data, self.empty_model
-        if data.packing is False:
-            return None
-        if obstacle := packing_obstacle(model.config, self.config.model.attention):
+        if reason := self.padding_reason:
             if data.packing:
                 where = self.config.where("data.packing")
-                raise ConfigError(f"{where}: data.packing: true: {obstacle}. Remove it, or set it to false.")
+                raise ConfigError(f"{where}: data.packing: true: {reason}. Remove it, or set it to false.")
             return None
         has_axes = hasattr(model.base_model, "get_rope_index")
         return PackFormat(
@@ -145,6 +143,19 @@ class Job:
             image_field=IMAGE_RUN_FIELDS.get(model.config.model_type),
             positions=partial(grid_positions, model) if has_axes else None,
         )
+
+    @property
+    def padding_reason(self) -> str:
+        """Why rows are padded; "" where they are packed."""
+        if self.config.data.packing is False:
+            return "data.packing is false"
+        if obstacle := packing_obstacle(self.empty_model.config, self.config.model.attention):
+            return obstacle
+        tower = self.config.parts.settings("vision_tower")
+        if self.config.data.packing is None and tower is not None and tower.mode != "frozen":
+            # A pack of short rows holds several times the images that as many padded rows could have.
+            return "the vision tower trains, which keeps much for each image; data.packing: true packs anyhow"
+        return ""
 
     def _loader(self, rows: Rows, shuffle: bool) -> StepLoader:
         train = self.config.train
