@@ -18,7 +18,7 @@ demo: .venv/.installed
 	$(BIN)/python examples/digits/demo.py
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .
