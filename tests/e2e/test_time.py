@@ -71,7 +71,7 @@ def test_the_estimate_adds_up_and_says_what_it_is_made_of(
 
 
 def test_processes_that_prepare_rows_take_their_time_meanwhile(toy, tmp_path: Path) -> None:
-    config = partwise.load_config(toy.config(tmp_path, data__num_workers=2))
+    config = partwise.load_config(toy.config(tmp_path, data__num_workers=2, data__packing=True))
     (finding,) = partwise.check(config, only=["time"])
     values = finding.values
     assert "1 micro-batch of" in finding.message  # all 16 rows fit into one pack
