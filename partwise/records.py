@@ -238,6 +238,11 @@ class PartsPlan:
         return any(plan.mode == "lora" for plan in self.parts)
 
     @property
+    def trains_vision(self) -> bool:
+        """Whether something beside the language model trains."""
+        return any(part.trainable for part in self.parts if part.part != "language_model")
+
+    @property
     def is_quantized(self) -> bool:
         return any(plan.quantization for plan in self.parts)
 

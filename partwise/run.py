@@ -111,20 +111,7 @@ def train_with(engine: Engine, config: Config, resume: bool, console: Console | 
     start = prepare(job, engine, folder, resume, console) if ranks.is_first else None
     checkpoint, manifest = ranks.from_first(start and (start.checkpoint, start.manifest))
     loaded = start.loaded if start else open_for(job, engine)
-    engine.spread(loaded.model, job.plan, loaded.dtype, job.device)
-    manifest = run_stage(
-        loaded,
-        job.plan,
-        config,
-        job.loader,
-        job.eval_loader,
-        folder,
-        job.num_steps,
-        manifest,
-        checkpoint,
-        console,
-        engine,
-    )
+    manifest = train_opened(job, engine, loaded, manifest, checkpoint, console)
     final = folder / "final"
     state = model_state(loaded, job.plan, engine)
     if ranks.is_first:
@@ -135,6 +122,31 @@ def train_with(engine: Engine, config: Config, resume: bool, console: Console | 
     if config.train.verify == "sample":
         verify_final(final, job, loaded, engine, console)
     return final
+
+
+def train_opened(
+    job: Job,
+    engine: Engine,
+    loaded: LoadedModel,
+    manifest: dict[str, Any],
+    checkpoint: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Spread the model over the ranks and train it to the end of the run; the manifest, stamped."""
+    engine.spread(loaded.model, job.plan, loaded.dtype, job.device)
+    return run_stage(
+        loaded,
+        job.plan,
+        job.config,
+        job.loader,
+        job.eval_loader,
+        Path(job.config.output),
+        job.num_steps,
+        manifest,
+        checkpoint,
+        console,
+        engine,
+    )
 
 
 class Start(NamedTuple):

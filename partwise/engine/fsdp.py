@@ -27,7 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from partwise.engine.ranks import Ranks
 from partwise.engine.receive import Receiver
-from partwise.engine.single import Engine, Stretch, trains_vision
+from partwise.engine.single import Engine, Stretch, frozen_vision
 from partwise.model.find import find_parts
 from partwise.model.head import TokenLoss
 
@@ -56,11 +56,11 @@ class Fsdp(Engine):
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.dtype, self.device = dtype, device
-        self.runs_vision = trains_vision(plan)
+        self.runs_vision = plan.trains_vision
         self.mesh = make_mesh(self.ranks.size, self.ranks.local_size, device)
         receiver = Receiver(model, self.ranks, device)
         whole = set()
-        for module in [] if self.runs_vision else vision_modules(model):
+        for module in frozen_vision(model, plan):
             receiver.receive(module)
             whole |= set(module.parameters())
         settings: dict[str, Any] = {
@@ -138,10 +138,10 @@ class Fsdp(Engine):
 
     def whole(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        whole = tensor.to(self.device).full_tensor() if isinstance(tensor, DTensor) else tensor
-        if tensor.is_floating_point() and isinstance(tensor, DTensor):
-            whole = whole.to(self.dtype)
-        return whole.cpu()
+        if not isinstance(tensor, DTensor):
+            return tensor.cpu()
+        whole = tensor.to(self.device).full_tensor()
+        return (whole.to(self.dtype) if whole.is_floating_point() else whole).cpu()
 
 
 def offload_policy(device: torch.device) -> OffloadPolicy:
@@ -159,14 +159,6 @@ def mesh_shape(size: int, local_size: int) -> tuple[int, ...]:
     if 1 < local_size < size and size % local_size == 0:
         return size // local_size, local_size
     return (size,)
-
-
-def vision_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The modules of towers and projector. A bare parameter of another module stays with that one."""
-    modules = dict(model.named_modules())
-    for part, found in find_parts(model).items():
-        if part != "language_model":
-            yield from (modules[path] for path in found.module_paths if path in modules)
 
 
 def units(model: PreTrainedModel, with_vision: bool) -> Iterator[nn.Module]:

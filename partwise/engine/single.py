@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from partwise.engine.ranks import Ranks
+from partwise.model.find import contains
 from partwise.model.head import TokenLoss
 
 if TYPE_CHECKING:
@@ -125,9 +126,20 @@ class Engine:
         return tensor.detach()
 
 
-def trains_vision(plan: PartsPlan) -> bool:
-    """Whether something beside the language model trains."""
-    return any(part.trainable for part in plan.parts if part.part != "language_model")
+def frozen_vision(model: nn.Module, plan: PartsPlan) -> list[nn.Module]:
+    """The outermost modules of a vision side of which nothing trains; none where some of it does.
+
+    A bare parameter of another module stays with that one.
+    """
+    if plan.trains_vision:
+        return []
+    modules = dict(model.named_modules())
+    paths = [path for part in plan.parts if part.part != "language_model" for path in part.module_paths]
+    return [
+        modules[path]
+        for path in paths
+        if path in modules and not any(other != path and contains(other, path) for other in paths)
+    ]
 
 
 def make_master(parameter: nn.Parameter) -> Tensor:

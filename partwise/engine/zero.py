@@ -23,17 +23,15 @@ from torch import Tensor, nn
 
 from partwise.engine.partition import hidden, partition
 from partwise.engine.ranks import Ranks
-from partwise.engine.single import Engine, Stretch, trains_vision
-from partwise.model.find import contains
+from partwise.engine.single import Engine, Stretch, frozen_vision
 from partwise.model.head import TokenLoss
+from partwise.model.shares import BUCKET_ELEMENTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from partwise.records import PartsPlan
 
-# Elements that are summed, gathered or rounded at a time: 200 MB in fp32.
-BUCKET_ELEMENTS = 50_000_000
 # Tensors of at most so many elements are gathered once a step and then kept: norms, biases, small adapters.
 KEPT_ELEMENTS = 100_000
 
@@ -58,7 +56,7 @@ class Zero(Engine):
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.module, self.dtype, self.device = TokenLoss(model), dtype, device
-        self.runs_vision = trains_vision(plan)
+        self.runs_vision = plan.trains_vision
 
     def make_masters(
         self, parameters: Mapping[str, nn.Parameter], make_adamw: Callable[[Mapping[str, Tensor]], Any]
@@ -185,7 +183,7 @@ class Zero3(Zero):
         self, model: PreTrainedModel, plan: PartsPlan, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().spread(model, plan, dtype, device)
-        self.kept_whole = skipped_modules(model, plan)
+        self.kept_whole = frozen_vision(model, plan)
         partition(model, self.kept_whole, self.ranks, device, self._config())
 
     def _config(self) -> dict[str, Any]:
@@ -235,17 +233,6 @@ class Zero3(Zero):
             return super().whole(tensor)
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().to("cpu", copy=True)
-
-
-def skipped_modules(model: nn.Module, plan: PartsPlan) -> list[nn.Module]:
-    """The outermost modules of a vision side of which nothing trains; none where some of it does."""
-    if trains_vision(plan):
-        return []
-    parts = [part for part in plan.parts if part.part != "language_model"]
-    modules = dict(model.named_modules())
-    paths = [path for part in parts for path in part.module_paths if path in modules]
-    outermost = [p for p in paths if not any(other != p and contains(other, p) for other in paths)]
-    return [modules[path] for path in outermost]
 
 
 def is_partitioned(tensor: Any) -> bool:

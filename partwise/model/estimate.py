@@ -148,8 +148,8 @@ def estimate_footprint(
 
 def decoder_kept(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str) -> Kept:
     embeddings = model.get_input_embeddings().weight
-    below = any(part.trainable for part in plan.parts if part.part != "language_model")
-    total = decoder_bytes(model, row.num_tokens, below or embeddings.requires_grad, attention)
+    has_graph = plan.trains_vision or embeddings.requires_grad
+    total = decoder_bytes(model, row.num_tokens, has_graph, attention)
     num_layers = plan["language_model"].num_layers
     width = embeddings.shape[1] * embeddings.dtype.itemsize
     return Kept(total, num_layers * row.num_tokens * width, total // num_layers)

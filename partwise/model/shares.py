@@ -236,13 +236,12 @@ def moment_bytes(num_elements: int, optimizer_states: str) -> int:
 def read_weights(model: PreTrainedModel, plan: PartsPlan, optimizer_states: str) -> Weights:
     """The weights of a model on the meta device that the plan was applied to."""
     packed = packed_bytes(model, plan)
-    vision_trains = any(part.trainable for part in plan.parts if part.part != "language_model")
     found = find_parts(model)
     layers = [path for part in found.values() for _, path in part.layers]
     aside = {
         name
         for part in found.values()
-        if part.part != "language_model" and not vision_trains
+        if part.part != "language_model" and not plan.trains_vision
         for name in part.parameter_names
         if name not in part.module_paths  # a bare parameter is another module's
     }

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from partwise.data.chat import ChatFormat, read_pictures
-from partwise.data.collate import collate
+from partwise.data.collate import collate, group_rows
 from partwise.data.packing import PackFormat
 from partwise.data.template import tokenizer_of
 from partwise.errors import UserError
@@ -79,10 +79,8 @@ def micro_batches(
     examples: Sequence[Example], size: int, pad_token_id: int, packs: PackFormat | None = None
 ) -> tuple[Batch, ...]:
     """The examples as a step of at least two micro-batches, padded or packed as the loader makes them."""
-    longest = sorted(examples, key=lambda example: -len(example.input_ids))
-    size = min(size, -(-len(longest) // 2))
-    groups = [longest[i : i + size] for i in range(0, len(longest), size)]
-    return tuple(collate(group, pad_token_id, packs) for group in groups)
+    groups = group_rows([len(example.input_ids) for example in examples], min(size, -(-len(examples) // 2)))
+    return tuple(collate([examples[i] for i in group], pad_token_id, packs) for group in groups)
 
 
 def other_rows(context: Context, places: list[int]) -> dict[str, tuple[Example, ...]]:

@@ -195,22 +195,22 @@ class Job:
         # Before the rest moves, so that the device never holds the quantised layers at full width.
         quantize_parts(loaded.model, self.plan, device)
         loaded.model.to(device)
-        if self.packs is not None:
-            use_packed_attention(loaded.model)
         seed_everything(self.config.train.seed)
-        apply_plan(loaded.model, self.plan)
+        self._set_up(loaded.model)
         if self.adapter is not None:
             load_adapter(loaded.model, self.plan, self.adapter)
-        if self.config.train.gradient_checkpointing:
-            enable_gradient_checkpointing(loaded.model, self.plan)
         return loaded
 
     def open_skeleton(self) -> LoadedModel:
         """The same on the meta device, without weights, for a rank that is given its share of them."""
         loaded = load_skeleton(self.config.model)
-        if self.packs is not None:
-            use_packed_attention(loaded.model)
-        apply_plan(loaded.model, self.plan)
-        if self.config.train.gradient_checkpointing:
-            enable_gradient_checkpointing(loaded.model, self.plan)
+        self._set_up(loaded.model)
         return loaded
+
+    def _set_up(self, model: PreTrainedModel) -> None:
+        """What the config says of a model that was just opened: attention, plan, recomputed layers."""
+        if self.packs is not None:
+            use_packed_attention(model)
+        apply_plan(model, self.plan)
+        if self.config.train.gradient_checkpointing:
+            enable_gradient_checkpointing(model, self.plan)

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any
@@ -26,12 +25,12 @@ from partwise.lineage.manifest import stamp_manifest
 from partwise.lineage.verify import Probe
 from partwise.model.parts import set_train_mode, verify_plan
 from partwise.model.quantize import quantization_of
-from partwise.records import Example, Finding, PartsPlan, StepData, StepMetrics
+from partwise.records import Finding, PartsPlan, StepData, StepMetrics
 from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, resume_command, step_of
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer
-from partwise.training.probe import probe_examples, take_probe
+from partwise.training.probe import take_probe
 from partwise.training.proof import Proof, add_to_report
 from partwise.training.saver import Saver
 from partwise.training.share import Shares
@@ -101,7 +100,7 @@ def run_stage(
             train,
             log.write_save,
             progress.show_text,
-            make_verifier(loaded, plan, config, loader, run_folder, progress, engine),
+            make_verifier(loaded, plan, config, steps, run_folder, progress),
         ) as saver,
     ):
         pending = PendingSteps()
@@ -158,10 +157,9 @@ def make_verifier(
     loaded: LoadedModel,
     plan: PartsPlan,
     config: Config,
-    loader: StepLoader,
+    steps: Shares,
     run_folder: Path,
     progress: ProgressLine,
-    engine: Engine,
 ) -> Verifier:
     """Compares checkpoints as the config says; its findings go into report.json and onto the console."""
 
@@ -170,17 +168,13 @@ def make_verifier(
         add_to_report(run_folder, replace(finding, values=values))
         progress.show_text(f"{Path(finding.values['folder']).name}: {finding.message}")
 
-    @cache
-    def examples() -> list[Example]:
-        return probe_examples(loader)
-
     def take() -> Probe | None:
         trust, takes_part = config.model.trust_remote_code, ranks.is_first or engine.shards_weights
-        if not takes_part or not examples():
+        if not takes_part or not steps.examples:
             return None
-        return take_probe(loaded, examples(), loader.pad_token_id, trust, engine)
+        return take_probe(loaded, steps.examples, steps.loader.pad_token_id, trust, engine)
 
-    ranks, is_on = engine.ranks, config.train.verify == "sample"
+    engine, ranks, is_on = steps.engine, steps.engine.ranks, config.train.verify == "sample"
     quantization = quantization_of(loaded.model, plan)
     return Verifier(take if is_on else None, quantization, note, ranks.from_first)
 

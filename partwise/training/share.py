@@ -70,14 +70,18 @@ class Shares:
         return StepData(step_data.step, batches, dropped, totals)
 
     @cached_property
+    def examples(self) -> list[Example]:
+        """A short row without an image and one with, as far as there are such."""
+        return probe_examples(self.loader)
+
+    @cached_property
     def fillers(self) -> tuple[Example, Example | None]:
         """A short row, and one with an image where there is one. Raises: DataError."""
-        examples = probe_examples(self.loader)
-        if not examples:
+        if not self.examples:
             raise DataError("none of the first rows of the data can be used. Run: partwise check CONFIG.")
-        image = next((example for example in examples if example.media), None)
+        image = next((example for example in self.examples if example.media), None)
         # One token is enough, and it comes before any image.
-        return replace(truncate(examples[0], 1), media={}), image
+        return replace(truncate(self.examples[0], 1), media={}), image
 
 
 class Told(NamedTuple):

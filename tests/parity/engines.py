@@ -22,10 +22,9 @@ from partwise.engine.choose import make_engine
 from partwise.engine.join import joined
 from partwise.engine.launch import started_ranks
 from partwise.engine.ranks import Ranks
-from partwise.run import open_for
+from partwise.run import open_for, train_opened
 from partwise.training.checkpoint import checkpoint_folder
 from partwise.training.job import Job
-from partwise.training.loop import run_stage
 from partwise.training.metrics import read_metrics
 
 
@@ -34,22 +33,11 @@ def train_curve(engine_name: str, values: dict[str, Any], ranks: Ranks, resume_s
     config = Config.model_validate(values)
     job, engine = Job(config, ranks), make_engine(engine_name, ranks, config.train.offload_optimizer)
     loaded = job.open_model() if ranks.is_first else open_for(job, engine)
-    engine.spread(loaded.model, job.plan, loaded.dtype, job.device)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    run_stage(
-        loaded,
-        job.plan,
-        config,
-        job.loader,
-        job.eval_loader,
-        folder,
-        job.num_steps,
-        ranks.from_first(job.manifest if ranks.is_first else None),
-        checkpoint_folder(folder, resume_step) if resume_step else None,
-        Console(quiet=True),
-        engine,
-    )
+    manifest = ranks.from_first(job.manifest if ranks.is_first else None)
+    checkpoint = checkpoint_folder(folder, resume_step) if resume_step else None
+    train_opened(job, engine, loaded, manifest, checkpoint, Console(quiet=True))
     return folder
 
 
