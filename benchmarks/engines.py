@@ -17,22 +17,18 @@ from typing import Any
 
 import torch
 import yaml
-from step import GEMMA_3_4B, NUM_WARMUP_STEPS, describe_machine, write_model, write_rows
+from step import (
+    GEMMA_3_4B,
+    GEMMA_3_12B,
+    describe_machine,
+    measured_steps,
+    read_report,
+    write_model,
+    write_rows,
+)
 
 NUM_STEPS = 9
 ROWS_PER_GPU = 16
-GEMMA_3_12B = {
-    **GEMMA_3_4B,
-    "text": {
-        **GEMMA_3_4B["text"],
-        "hidden_size": 3840,
-        "intermediate_size": 15360,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(48)],
-    },
-}
 SHAPES = {"4b": GEMMA_3_4B, "12b": GEMMA_3_12B}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"shape": "4b", "parts": {"language_model": {"mode": "lora", "lora_rank": 16}}},
@@ -117,11 +113,8 @@ def run_cell(name: str, folder: Path, base: Path) -> dict[str, Any]:
     }
     if done.returncode:
         return row | {"error": done.stderr.strip()[-900:]}
-    records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "loss" in record]
-    measured = [step for step in steps if step["step"] > NUM_WARMUP_STEPS]
-    rates = [step["num_input_tokens"] / step["step_seconds"] for step in measured]
-    report = {f["check"]: f["values"] for f in json.loads((folder / name / "report.json").read_text())}
+    steps, measured, rates = measured_steps(folder / name)
+    report = read_report(folder / name)
     return row | {
         "runs": len(measured),
         "tokens_per_second": round(statistics.median(rates)),

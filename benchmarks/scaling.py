@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from step import GEMMA_3_4B
+from step import GEMMA_3_4B, GEMMA_3_12B
 
 from partwise.config import Config
 from partwise.model.estimate import Footprint, RowShape, estimate_footprint
@@ -24,18 +24,6 @@ from partwise.tiny.recipes import gemma3
 PAGE = Path(__file__).parents[1] / "docs/scaling.md"
 MARKED = re.compile(r"(<!-- scaling:start -->\n).*?(<!-- scaling:end -->)", re.S)
 
-GEMMA_3_12B = {
-    **GEMMA_3_4B,
-    "text": {
-        **GEMMA_3_4B["text"],
-        "hidden_size": 3840,
-        "intermediate_size": 15360,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(48)],
-    },
-}
 MODELS = {"Gemma-3-4B": GEMMA_3_4B, "Gemma-3-12B": GEMMA_3_12B}
 PLANS = {"full": {"language_model": "full"}, "LoRA": {"language_model": {"mode": "lora", "lora_rank": 16}}}
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")

@@ -52,6 +52,18 @@ GEMMA_3_4B = {
     "image_size": 896,
     "mm_tokens": 256,
 }
+GEMMA_3_12B = {
+    **GEMMA_3_4B,
+    "text": {
+        **GEMMA_3_4B["text"],
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "layer_types": ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(48)],
+    },
+}
 CELLS = {
     "lora": {"parts": {"language_model": {"mode": "lora", "lora_rank": 16}}},
     "lora-checkpointing": {
@@ -168,11 +180,8 @@ def run_cell(name: str, folder: Path) -> dict:
     }
     if done.returncode:
         return row | {"error": done.stderr.strip()[-600:]}
-    records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    lines = [record for record in records if "loss" in record]
-    measured = [line for line in lines if line["step"] > NUM_WARMUP_STEPS]
+    lines, measured, rates = measured_steps(folder / name)
     seconds = [line["step_seconds"] for line in measured]
-    rates = [line["num_input_tokens"] / line["step_seconds"] for line in measured]
     return row | {
         "runs": len(measured),
         "tokens_per_second": round(statistics.median(rates)),
@@ -190,11 +199,22 @@ def run_cell(name: str, folder: Path) -> dict:
     }
 
 
+def measured_steps(run: Path) -> tuple[list[dict], list[dict], list[float]]:
+    """The run's logged steps, those of them after the warm-up, and the tokens per second of these."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    measured = [step for step in steps if step["step"] > NUM_WARMUP_STEPS]
+    return steps, measured, [step["num_input_tokens"] / step["step_seconds"] for step in measured]
+
+
+def read_report(run: Path) -> dict[str, dict]:
+    """The values of the run's last finding of each check."""
+    return {f["check"]: f["values"] for f in json.loads((run / "report.json").read_text())}
+
+
 def told_by_report(run: Path) -> dict:
     """What the check before the run said of its time, and what verifying final/ in a fresh process took."""
-    findings = {
-        finding["check"]: finding["values"] for finding in json.loads((run / "report.json").read_text())
-    }
+    findings = read_report(run)
     return {
         "predicted_step_seconds": findings.get("time", {}).get("step_seconds"),
         "verify_seconds": findings.get("verify", {}).get("seconds"),
