@@ -13,20 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from starting import start, wait_for
 
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import read_manifest
 from partwise.training.checkpoint import newest_checkpoint
 
 PARTWISE = Path(sys.executable).with_name("partwise")
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
 
 
 def read_records(run: Path) -> list[dict]:
@@ -207,18 +200,8 @@ def test_an_unwritable_output_is_named(toy, tmp_path, run_cli) -> None:
     assert done.code == 1 and "is a file, not a folder" in done.err
 
 
-def start(config: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen:
-    """`partwise train` in a process group of its own, and with signals as a terminal starts it."""
-    return subprocess.Popen(
-        [PARTWISE, "train", config, *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # What a shell starts in the background ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start_train(config: Path, environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    return start([PARTWISE, "train", config, *arguments], environment, stdout=subprocess.DEVNULL)
 
 
 def test_a_stop_signal_saves_and_the_next_step_follows(toy, tmp_path, run_cli, environment) -> None:
@@ -228,7 +211,7 @@ def test_a_stop_signal_saves_and_the_next_step_follows(toy, tmp_path, run_cli, e
     config, run = toy.config(tmp_path / "stopped", **settings), tmp_path / "stopped/run"
     stops = [0]
     for number in (signal.SIGTERM, signal.SIGINT):
-        with start(config, environment, *(["--resume"] if run.exists() else [])) as process:
+        with start_train(config, environment, *(["--resume"] if run.exists() else [])) as process:
             wait_for(
                 lambda: (run / "metrics.jsonl").exists() and logged_steps(run)[-1:] > stops[-1:], process
             )
@@ -253,7 +236,7 @@ def test_a_second_signal_ends_at_once(toy, tmp_path, environment) -> None:
     # A step so long that it does not end between the two signals.
     settings = {"train__steps": 9, "train__global_batch_size": 160, "train__micro_batch_size": 1}
     config, run = toy.config(tmp_path, **settings), tmp_path / "run"
-    with start(config, environment) as process:
+    with start_train(config, environment) as process:
         wait_for(lambda: (run / "metrics.jsonl").exists(), process)
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
@@ -343,7 +326,7 @@ def test_the_best_checkpoint_is_kept(toy, tmp_path, run_cli) -> None:
 def test_a_full_disk_keeps_the_older_checkpoint(toy, tmp_path, environment) -> None:
     """A file-size limit, set from outside while the run trains, stands for the full disk."""
     config, run = toy.config(tmp_path, train__steps=400, train__save_every=2), tmp_path / "run"
-    with start(config, environment) as process:
+    with start_train(config, environment) as process:
         wait_for(lambda: newest_checkpoint(run) is not None, process)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
         error = process.communicate(timeout=60)[1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from starting import start
 
 HERE = Path(__file__).parent
 LAUNCH = """
@@ -41,19 +42,6 @@ def by_srun(environment: dict[str, str], arguments: list[str], size: int) -> lis
 
 
 WAYS = {"launch": by_launch, "torchrun": by_torchrun, "srun": by_srun}
-
-
-def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # What a shell starts in the background ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 class Run:

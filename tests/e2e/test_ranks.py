@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from starting import start, wait_for
 
 from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import read_manifest
@@ -25,14 +26,7 @@ SECONDS = 60  # for all ranks to end; a collective would wait for half an hour
 def train(
     config: Path, environment: dict[str, str], *arguments: str, ranks: int = 2
 ) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [PARTWISE, "train", config, "--num-processes", str(ranks), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return start([PARTWISE, "train", config, "--num-processes", ranks, *arguments], environment)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
@@ -50,14 +44,6 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks, in their order."""
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return sorted(int(pid) for pid in listed)
-
-
-def wait_for(condition, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + SECONDS * 2
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
