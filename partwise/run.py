@@ -25,6 +25,7 @@ from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, ConfigError, TrainingError
 from partwise.lineage.publish import replace_folder
 from partwise.lineage.verify import start_verification
+from partwise.model.compile import compile_layers
 from partwise.model.load import LoadedModel
 from partwise.model.quantize import quantization_of
 from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
@@ -134,6 +135,9 @@ def train_opened(
 ) -> dict[str, Any]:
     """Spread the model over the ranks and train it to the end of the run; the manifest, stamped."""
     engine.spread(loaded.model, job.plan, loaded.dtype, job.device)
+    if engine.runs_compiled and job.compiles:
+        compile_layers(loaded.model)
+        console.print("layers are compiled when they first run: the first step takes about a minute")
     return run_stage(
         loaded,
         job.plan,

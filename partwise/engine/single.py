@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from partwise.engine.ranks import Ranks
+from partwise.model.compile import uncompiled
 from partwise.model.find import contains
 from partwise.model.head import TokenLoss
 
@@ -36,6 +37,7 @@ class Engine:
     name = "single"
     runs_together = False  # whether all ranks must run the same modules, micro-batch by micro-batch
     runs_vision = False  # whether the vision side is one of them
+    runs_compiled = True  # whether layers may be compiled: nothing gathers their weights when they are called
     shards_masters = False  # whether a rank has shards of what AdamW updates
     shards_weights = False  # whether a rank alone cannot run the model
     dtype: torch.dtype | None = None  # that the model runs in, where its weights have another
@@ -63,7 +65,8 @@ class Engine:
 
     def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
         """The model's own logits. Where weights are sharded, all ranks must call it."""
-        return model(**inputs).logits
+        with uncompiled():
+            return model(**inputs).logits
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch's share of the loss.

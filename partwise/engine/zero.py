@@ -41,6 +41,7 @@ class Zero(Engine):
 
     stage: int
     runs_together = True
+    runs_compiled = False
     shards_masters = True
 
     def __init__(self, ranks: Ranks) -> None:

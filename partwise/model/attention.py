@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from partwise.families import PACKED_TYPES
-from partwise.model.flash import FlashKernel, PackAttention, PackLayout
+from partwise.model.flash import PackLayout, pack_attention
 from partwise.records import Pack
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not dropout and suits_flash(query):
         rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return PackAttention.apply(*rows, pack, scale, sliding_window, FlashKernel())[None], None
+        return pack_attention(*rows, pack.table, pack.sizes, scale, sliding_window)[0][None], None
     return attend_documents(query, key, value, pack.pack, scale, sliding_window, dropout), None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from partwise.engine.device import seed_everything
 from partwise.errors import TrainingError
+from partwise.model.compile import uncompiled
 from partwise.records import Batch, Conversation, Image, Message, PartsPlan, StepData
 from partwise.training.optim import Optimizer
 from partwise.training.step import NonFiniteError, batch_loss_sum
@@ -80,7 +81,7 @@ def find_origin(model: PreTrainedModel, plan: PartsPlan, optimizer: Optimizer, s
     for number, batch in enumerate(step_data.batches, start=1):
         where = f"in micro-batch {number} of {len(step_data.batches)} ({', '.join(batch.rows[:4])})"
         try:
-            with stopping_hooks(model, plan):
+            with uncompiled(), stopping_hooks(model, plan):
                 loss = batch_loss_sum(model, batch, model.device) / num_target_tokens
         except FoundError as found:
             return f"It began {found}, {where}.{weights}"

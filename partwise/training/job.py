@@ -25,6 +25,7 @@ from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import adapter_record, match_base, model_record
 from partwise.model.adapter import load_adapter
 from partwise.model.attention import packing_obstacle, use_packed_attention
+from partwise.model.compile import can_compile
 from partwise.model.folder import find_model_folder, model_name
 from partwise.model.load import (
     LoadedModel,
@@ -45,6 +46,10 @@ from partwise.records import PartsPlan
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+# Steps that a run must have for what compiling takes, about a minute, to come back.
+COMPILE_PAYS_FROM = 100
 
 
 class Job:
@@ -156,6 +161,23 @@ class Job:
             # A pack of short rows holds several times the images that as many padded rows could have.
             return "the vision tower trains, which keeps much for each image; data.packing: true packs anyhow"
         return ""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled, where the engine can.
+
+        Raises:
+            ConfigError: train.compile is true and torch cannot compile here.
+        """
+        wanted = self.config.train.compile
+        if wanted and not can_compile():
+            where = self.config.where("train.compile")
+            raise ConfigError(
+                f"{where}: train.compile: true needs a CUDA GPU and the package triton. Remove it, or set it "
+                "to false."
+            )
+        pays = self.packs is not None and self.num_steps >= COMPILE_PAYS_FROM
+        return can_compile() and (pays if wanted is None else wanted)
 
     def _loader(self, rows: Rows, shuffle: bool) -> StepLoader:
         train = self.config.train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,7 +14,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from partwise.data.packing import find_pack
 from partwise.model.attention import attend, attend_documents
-from partwise.model.flash import PackAttention, PackLayout, Stretches
+from partwise.model.flash import (
+    PackLayout,
+    Stretches,
+    attend_split,
+    differentiate_split,
+    pack_attention,
+    pack_attention_backward,
+)
 
 CPU = torch.device("cpu")
 HEADS, KEY_HEADS, WIDTH, SCALE = 4, 2, 8, 0.3
@@ -74,6 +82,10 @@ class PlainKernel:
         return (query @ key.T * scale).masked_fill(~seen, -torch.inf)
 
 
+pack_attention.register_kernel("cpu", partial(attend_split, PlainKernel()))
+pack_attention_backward.register_kernel("cpu", partial(differentiate_split, PlainKernel()))
+
+
 def tokens_of(documents: list[str]) -> tuple[Tensor, Tensor]:
     """Document ids and whether each token is an image's, (T,)."""
     ids = [-1 if kind == "-" else i for i, document in enumerate(documents) for kind in document]
@@ -109,7 +121,7 @@ def random_rows(num_tokens: int, seed: int = 0) -> tuple[list[Tensor], Tensor]:
 def by_split(rows, pack, window):
     layout = PackLayout.of(pack, CPU)
     flat = (row[0].transpose(0, 1) for row in rows)
-    return PackAttention.apply(*flat, layout, SCALE, window, PlainKernel())[None]
+    return pack_attention(*flat, layout.table, layout.sizes, SCALE, window)[0][None]
 
 
 def by_documents(rows, pack, window):

@@ -14,7 +14,7 @@ from partwise.data.packing import PackFormat
 from partwise.families import IMAGE_RUN_FIELDS
 from partwise.model import attention
 from partwise.model.attention import use_packed_attention
-from partwise.model.flash import FlashKernel, PackAttention, PackLayout
+from partwise.model.flash import PackLayout, pack_attention
 from partwise.model.positions import grid_positions
 from partwise.records import Pack, StepData
 from partwise.training.step import accumulate_loss
@@ -65,6 +65,10 @@ def random_rows(num_tokens: int, dtype=torch.bfloat16) -> tuple[list[Tensor], Te
     return rows, torch.randn(num_tokens, HEADS, WIDTH, device="cuda", dtype=dtype)
 
 
+def attend_flash(rows: list[Tensor], layout: PackLayout, window: int | None) -> Tensor:
+    return pack_attention(*rows, layout.table, layout.sizes, SCALE, window)[0]
+
+
 def with_gradients(output: Tensor, rows: list[Tensor], gradient: Tensor) -> list[Tensor]:
     return [output.detach(), *torch.autograd.grad(output, rows, gradient)]
 
@@ -88,7 +92,7 @@ def test_flash_attention_is_as_near_to_fp32_as_a_dense_mask_in_bf16(window):
     exact = dense(rows, gradient, mask, torch.float32)
     usual = dense(rows, gradient, mask, torch.bfloat16)
     layout = PackLayout.of(pack, torch.device("cuda"))
-    flash = with_gradients(PackAttention.apply(*rows, layout, SCALE, window, FlashKernel()), rows, gradient)
+    flash = with_gradients(attend_flash(rows, layout, window), rows, gradient)
     for name, ours, theirs, truth in zip(
         ("output", "query", "key", "value"), flash, usual, exact, strict=True
     ):
@@ -105,7 +109,7 @@ def test_short_runs_and_documents():
         rows, gradient = random_rows(pack.documents[-1][1])
         exact = dense(rows, gradient, dense_mask(pack, None), torch.float32)
         layout = PackLayout.of(pack, torch.device("cuda"))
-        flash = PackAttention.apply(*rows, layout, SCALE, None, FlashKernel())
+        flash = attend_flash(rows, layout, None)
         for ours, truth in zip(with_gradients(flash, rows, gradient), exact, strict=True):
             assert (ours.float() - truth).abs().max() < 5e-2
 
@@ -124,7 +128,7 @@ def test_nothing_is_as_large_as_all_tokens_by_all_tokens_and_the_host_waits_for_
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output = PackAttention.apply(*rows, layout, SCALE, WINDOW, FlashKernel())
+        output = attend_flash(rows, layout, WINDOW)
         torch.autograd.grad(output, rows, gradient)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -140,13 +144,12 @@ def test_packed_steps_of_models_are_padded_steps(family, open_tiny, monkeypatch,
     use_packed_attention(tiny.model)
     num_calls = 0
 
-    class Counted(FlashKernel):
-        def forward(self, *args, **kwargs):
-            nonlocal num_calls
-            num_calls += 1
-            return super().forward(*args, **kwargs)
+    def counted(*args):
+        nonlocal num_calls
+        num_calls += 1
+        return pack_attention(*args)
 
-    monkeypatch.setattr(attention, "FlashKernel", Counted)
+    monkeypatch.setattr(attention, "pack_attention", counted)
     has_axes = hasattr(tiny.model.base_model, "get_rope_index")
     positions = partial(grid_positions, tiny.model) if has_axes else None
     packs = PackFormat(10_000, IMAGE_RUN_FIELDS.get(tiny.model.config.model_type), positions)
