@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,14 +27,20 @@ MAX_VARIANTS = 64
 
 
 def compile_layers(model: PreTrainedModel, backend: str | Callable = "inductor") -> None:
-    """Compile each block of each part in place, when it first runs."""
+    """Compile each block of each part in place, when it first runs.
+
+    Not blocks that cut their rows at `cu_seqlens`, as those of Qwen's towers do: these lengths are read on
+    the host, where every graph would end.
+    """
     # torch.compile is configured by these module attributes; it has no arguments for them.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
     # Else two lengths that happen to be equal at first are taken to be equal always.
     torch.fx.experimental._config.use_duck_shape = False
     for part in find_parts(model).values():
         for _, path in part.layers:
-            model.get_submodule(path).compile(dynamic=True, backend=backend)
+            block = model.get_submodule(path)
+            if "cu_seqlens" not in signature(block.forward).parameters:
+                block.compile(dynamic=True, backend=backend)
 
 
 def uncompiled() -> AbstractContextManager[None]:

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.num_workers",
     "data.packing",
     "train.gradient_checkpointing",
+    "train.compile",
     "train.micro_batch_size",
     "train.offload_optimizer",
     "train.log_every",
