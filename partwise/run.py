@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from partwise.config import Config, dump_config
-from partwise.engine.choose import make_engine, needs_group
+from partwise.engine.choose import make_engine, needs_group, runs_compiled
 from partwise.engine.join import connected_alone, joined
 from partwise.engine.launch import choose_num_processes, resolve_engine, started_ranks
 from partwise.engine.ranks import Ranks
@@ -27,9 +27,10 @@ from partwise.lineage.publish import replace_folder
 from partwise.lineage.verify import start_verification
 from partwise.model.compile import compile_layers
 from partwise.model.load import LoadedModel
+from partwise.model.memory import recompute_layers
 from partwise.model.quantize import quantization_of
 from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
-from partwise.preflight.memory import fits_alone
+from partwise.preflight.memory import chosen_share, fits_alone
 from partwise.preflight.resume import find_start
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
@@ -110,9 +111,11 @@ def train_with(engine: Engine, config: Config, resume: bool, console: Console | 
     console = (console if ranks.is_first else None) or Console(quiet=True)
     job, folder = Job(config, ranks), Path(config.output)
     start = prepare(job, engine, folder, resume, console) if ranks.is_first else None
-    checkpoint, manifest = ranks.from_first(start and (start.checkpoint, start.manifest))
+    checkpoint, manifest, share = ranks.from_first(
+        start and (start.checkpoint, start.manifest, start.recomputed_share)
+    )
     loaded = start.loaded if start else open_for(job, engine)
-    manifest = train_opened(job, engine, loaded, manifest, checkpoint, console)
+    manifest = train_opened(job, engine, loaded, share, manifest, checkpoint, console)
     final = folder / "final"
     state = model_state(loaded, job.plan, engine)
     if ranks.is_first:
@@ -129,13 +132,17 @@ def train_opened(
     job: Job,
     engine: Engine,
     loaded: LoadedModel,
+    recomputed_share: float,
     manifest: dict[str, Any],
     checkpoint: Path | None,
     console: Console,
 ) -> dict[str, Any]:
     """Spread the model over the ranks and train it to the end of the run; the manifest, stamped."""
+    number, total = recompute_layers(loaded.model, job.plan, recomputed_share)
+    if 0 < number < total:
+        console.print(f"{number} of {total} layers are recomputed in the backward pass, to fit into memory")
     engine.spread(loaded.model, job.plan, loaded.dtype, job.device)
-    if engine.runs_compiled and job.compiles:
+    if runs_compiled(engine.name) and job.compiles:
         compile_layers(loaded.model)
         console.print("layers are compiled when they first run: the first step takes about a minute")
     return run_stage(
@@ -154,11 +161,13 @@ def train_opened(
 
 
 class Start(NamedTuple):
-    """What the first rank found: where to go on from, what the checkpoints are, and the model."""
+    """What the first rank found: where to go on from, what the checkpoints are, the model, and the share of
+    its layers that is recomputed."""
 
     checkpoint: Path | None
     manifest: dict[str, Any]
     loaded: LoadedModel
+    recomputed_share: float
 
 
 def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Console) -> Start:
@@ -185,7 +194,7 @@ def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Conso
     if resume:
         console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
     loaded = context.loaded if fits else job.open_model(torch.device("cpu"))
-    return Start(checkpoint, job.manifest, loaded)
+    return Start(checkpoint, job.manifest, loaded, chosen_share(context))
 
 
 def open_for(job: Job, engine: Engine) -> LoadedModel:

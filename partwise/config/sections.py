@@ -178,8 +178,16 @@ class TrainConfig(Section):
         "less GPU memory, slower steps. For engine: fsdp.",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Clip by the global norm.")
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute layers in the backward pass of the parts that need one."
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute layers in the backward pass of the parts that need one: all of them, or none. "
+        "Default: on a GPU as many as it takes to fit into its memory, on a CPU none.",
+    )
+    memory_limit: float | None = Field(
+        None,
+        gt=0,
+        description="GPU memory that the run may take, instead of all that a GPU has.",
+        json_schema_extra={"unit": "GiB"},
     )
     compile: bool | None = Field(
         None,

@@ -11,6 +11,11 @@ def needs_group(name: str) -> bool:
     return name not in ("single", "ddp")
 
 
+def runs_compiled(name: str) -> bool:
+    """Whether layers may be compiled: nothing gathers their weights when they are called."""
+    return name in ("single", "ddp")
+
+
 def make_engine(name: str, ranks: Ranks, offload_optimizer: bool = False) -> Engine:
     """`name` is one of single, ddp, fsdp, zero2, zero3; fsdp alone can offload."""
     assert name == "fsdp" or not offload_optimizer, name

@@ -27,6 +27,13 @@ def pick_device() -> torch.device:
     )
 
 
+def limit_memory(gib: float | None) -> None:
+    """Take no more than that of the GPU, where there is one: more is an out-of-memory error."""
+    if gib is not None and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+
+
 def seed_everything(seed: int, step: int = 0, rank: int = 0) -> None:
     """Seed Python, numpy and torch, all devices, for one step; step 0 is also everything before it.
 

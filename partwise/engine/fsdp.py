@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 class Fsdp(Engine):
     name = "fsdp"
     runs_together = True
-    runs_compiled = False
     shards_masters = True
     shards_weights = True
     device: torch.device  # that runs the model and talks to other ranks, wherever the shards lie

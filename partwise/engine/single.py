@@ -37,7 +37,6 @@ class Engine:
     name = "single"
     runs_together = False  # whether all ranks must run the same modules, micro-batch by micro-batch
     runs_vision = False  # whether the vision side is one of them
-    runs_compiled = True  # whether layers may be compiled: nothing gathers their weights when they are called
     shards_masters = False  # whether a rank has shards of what AdamW updates
     shards_weights = False  # whether a rank alone cannot run the model
     dtype: torch.dtype | None = None  # that the model runs in, where its weights have another

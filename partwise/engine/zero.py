@@ -41,7 +41,6 @@ class Zero(Engine):
 
     stage: int
     runs_together = True
-    runs_compiled = False
     shards_masters = True
 
     def __init__(self, ranks: Ranks) -> None:

@@ -1,9 +1,9 @@
 """How much memory a training step takes, part by part of it, from shapes alone.
 
 In: the model on the meta device, the plan, and the shape of the longest row. Out: a Footprint, which gives
-the predicted peak for any number of rows in a micro-batch, with and without gradient checkpointing, alone and
-on several ranks (shares.py). No weight is read. Which device it must fit, and what to do when it does not, is
-said in preflight/memory.py. docs/memory.md compares it with measured peaks.
+the predicted peak for any number of rows in a micro-batch and any share of layers that are recomputed, alone
+and on several ranks (shares.py). No weight is read. Which device it must fit, and what to do when it does
+not, is said in preflight/memory.py. docs/memory.md compares it with measured peaks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from partwise.model.head import CHUNK_ROWS
 from partwise.model.load import empty_model
 from partwise.model.parts import apply_plan
 from partwise.model.shares import Share, Weights, packed_bytes, read_weights, share_of
-from partwise.model.trace import decoder_bytes, tower_bytes
+from partwise.model.trace import compiled_decoder_bytes, decoder_bytes, tower_bytes
 from partwise.records import PartsPlan
 
 if TYPE_CHECKING:
@@ -54,8 +54,10 @@ class Kept:
     input_bytes: int = 0
     layer_bytes: int = 0
 
-    def bytes(self, checkpointing: bool) -> int:
-        return min(self.input_bytes, self.all_bytes) if checkpointing else self.all_bytes
+    def bytes(self, recomputed: float) -> int:
+        """`recomputed`: the share of the layers that keep their inputs alone."""
+        saved = self.all_bytes - min(self.input_bytes, self.all_bytes)
+        return self.all_bytes - int(recomputed * saved)
 
 
 @dataclass(frozen=True)
@@ -88,30 +90,33 @@ class Footprint:
         """As many rows as a micro-batch really has where it has room for `num_rows`."""
         return min(num_rows, self.most_rows or num_rows)
 
-    def activations_bytes(self, num_rows: int, checkpointing: bool) -> int:
-        tower = self.tower.bytes(checkpointing) if self.tower_trains else 0
-        return self.at_most(num_rows) * (self.decoder.bytes(checkpointing) + tower)
+    def activations_bytes(self, num_rows: int, recomputed: float) -> int:
+        tower = self.tower.bytes(recomputed) if self.tower_trains else 0
+        return self.at_most(num_rows) * (self.decoder.bytes(recomputed) + tower)
 
     def head_bytes(self, num_rows: int) -> int:
         rows = min(CHUNK_ROWS, self.at_most(num_rows) * self.num_target_tokens)
         return rows * self.logit_row_bytes + self.share.passing.head_bytes
 
-    def layer_bytes(self, num_rows: int, checkpointing: bool) -> int:
+    def layer_bytes(self, num_rows: int, recomputed: float) -> int:
         """The layer that runs: its gradients, and its own activations where they were not kept."""
         layer = max(self.decoder.layer_bytes, self.tower.layer_bytes)
-        activations = int(self.at_most(num_rows) * layer * (LAYER_BACKWARD_FRACTION + checkpointing))
+        activations = int(self.at_most(num_rows) * layer * (LAYER_BACKWARD_FRACTION + (recomputed > 0)))
         return activations + self.largest_dequantized_bytes + self.share.passing.layer_bytes
 
-    def peak_bytes(self, num_rows: int, checkpointing: bool) -> int:
-        """The predicted peak of a step with `num_rows` such rows in each micro-batch of a rank."""
+    def peak_bytes(self, num_rows: int, recomputed: float) -> int:
+        """The predicted peak of a step with `num_rows` such rows in each micro-batch of a rank.
+
+        `recomputed` is the share of layers that are computed again in the backward pass, 0 to 1.
+        """
         passing = self.share.passing
-        running = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, checkpointing))
-        backward = self.activations_bytes(num_rows, checkpointing) + passing.waiting_bytes + running
+        running = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, recomputed))
+        backward = self.activations_bytes(num_rows, recomputed) + passing.waiting_bytes + running
         return self.fixed_bytes + passing.gathered_bytes + max(backward, passing.last_bytes)
 
-    def largest_num_rows(self, limit_bytes: int, checkpointing: bool, most: int) -> int:
+    def largest_num_rows(self, limit_bytes: int, recomputed: float, most: int) -> int:
         """The most rows, up to `most`, whose peak is below the limit; 0 where not even one row fits."""
-        fitting = (n for n in range(most, 0, -1) if self.peak_bytes(n, checkpointing) < limit_bytes)
+        fitting = (n for n in range(most, 0, -1) if self.peak_bytes(n, recomputed) < limit_bytes)
         return next(fitting, 0)
 
 
@@ -124,9 +129,16 @@ def planned_model(settings: ModelConfig, plan: PartsPlan) -> PreTrainedModel:
 
 
 def estimate_footprint(
-    model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str, optimizer_states: str
+    model: PreTrainedModel,
+    plan: PartsPlan,
+    row: RowShape,
+    attention: str,
+    optimizer_states: str,
+    compiled: bool = False,
 ) -> Footprint:
     """The footprint, on one rank alone, of a model on the meta device that the plan was applied to.
+
+    `compiled`: of the decoder's layers; a tower's are counted as if they were not, which is more.
 
     Raises:
         NotImplementedError, RuntimeError: the forward pass needs values, not shapes alone.
@@ -136,7 +148,7 @@ def estimate_footprint(
     return Footprint(
         weights=weights,
         share=share_of(weights, "single"),
-        decoder=decoder_kept(model, plan, row, attention),
+        decoder=decoder_kept(model, plan, row, attention, compiled),
         tower=tower_kept(model, row, attention) if row.num_tiles else Kept(),
         tower_trains="vision_tower" in plan and bool(plan["vision_tower"].trainable),
         largest_dequantized_bytes=max((p.numel() * p.dtype.itemsize for p in packed), default=0),
@@ -146,10 +158,13 @@ def estimate_footprint(
     )
 
 
-def decoder_kept(model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str) -> Kept:
+def decoder_kept(
+    model: PreTrainedModel, plan: PartsPlan, row: RowShape, attention: str, compiled: bool
+) -> Kept:
     embeddings = model.get_input_embeddings().weight
     has_graph = plan.trains_vision or embeddings.requires_grad
-    total = decoder_bytes(model, row.num_tokens, has_graph, attention)
+    count = compiled_decoder_bytes if compiled else decoder_bytes
+    total = count(model, row.num_tokens, has_graph, attention)
     num_layers = plan["language_model"].num_layers
     width = embeddings.shape[1] * embeddings.dtype.itemsize
     return Kept(total, num_layers * row.num_tokens * width, total // num_layers)

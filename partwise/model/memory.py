@@ -1,4 +1,4 @@
-"""Gradient checkpointing of exactly the parts whose backward pass runs.
+"""Gradient checkpointing of exactly the parts whose backward pass runs, in as many layers as need it.
 
 In: a model to which a plan was applied. Out: the same model, whose decoder and, where it trains, towers
 recompute their layers in the backward pass. A frozen tower is left alone: no gradient passes through it, so
@@ -7,9 +7,11 @@ it keeps no activations. Non-reentrant always, and without hooks on the inputs.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from partwise.errors import PlanError
+from partwise.model.find import find_parts
 from partwise.model.parts import set_train_mode
 from partwise.records import PartsPlan
 
@@ -30,6 +32,23 @@ def enable_gradient_checkpointing(model: PreTrainedModel, plan: PartsPlan) -> No
     for module in [*needed, model.get_decoder()]:
         _enable(module)
     set_train_mode(model, plan)
+
+
+def recompute_layers(model: PreTrainedModel, plan: PartsPlan, share: float) -> tuple[int, int]:
+    """Of the layers that checkpointing was enabled for, recompute only the first `share` of each part's.
+
+    Returns how many these are, and of how many.
+    """
+    chosen = total = 0
+    for part in find_parts(model).values():
+        layers = [model.get_submodule(path) for _, path in part.layers]
+        able = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+        for index, layer in enumerate(able):
+            layer.gradient_checkpointing = index < math.ceil(share * len(able))
+        chosen += math.ceil(share * len(able))
+        total += len(able)
+    set_train_mode(model, plan)
+    return chosen, total
 
 
 def _enable(module: PreTrainedModel) -> None:

@@ -1,8 +1,9 @@
 """How many bytes a part keeps for its backward pass: counted in a forward pass on the meta device.
 
 In: a model on the meta device with the plan applied, and the shape of one row. Out: the bytes that autograd
-saves, weights not counted. No weight is read and nothing is computed: tensors have shapes alone. Kernels of
-attention do not run there, so a stand-in names what they keep. What the allocator adds is not counted.
+saves, or a compiled layer, weights not counted. No weight is read and nothing is computed: tensors have
+shapes alone. Kernels of attention do not run there, so a stand-in names what they keep. What the allocator
+adds is not counted.
 
 Letters: B rows, H heads, T tokens, S tokens that are looked at, K width of a head.
 """
@@ -19,6 +20,29 @@ from transformers import AttentionInterface
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Ledger:
+    """Bytes of storages that are kept, each counted once; weights and buffers of the model count nothing."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.seen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self.held: list[Tensor] = []  # while they live, no other storage takes their identity
+        self.num_bytes = 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.held.append(tensor.detach())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Those that a gradient goes through."""
+        for tensor in tensors:
+            if tensor.requires_grad:
+                self.add(tensor)
 
 
 class KeepAttention(torch.autograd.Function):
@@ -48,25 +72,42 @@ class KeepAttention(torch.autograd.Function):
 
 
 def keep_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    return attend(module, query, key, value, is_eager=False), None
+    return attend(module, query, key, value, is_eager=False, **kwargs), None
 
 
 def keep_eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    return attend(module, query, key, value, is_eager=True), None
+    return attend(module, query, key, value, is_eager=True, **kwargs), None
 
 
 def keep_packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+    ledger: Ledger | None = None,
+    **__: Any,
 ) -> tuple[Tensor, None]:
     """Flash attention over packs takes no mask, and shared keys as they are."""
-    return KeepAttention.apply(query, key, value, False, False).transpose(1, 2), None
+    output = KeepAttention.apply(query, key, value, False, False)
+    if ledger is not None:
+        ledger.keep(query, key, value, output)
+    return output.transpose(1, 2), None
 
 
-def attend(module: nn.Module, query_BHTK: Tensor, key: Tensor, value: Tensor, is_eager: bool) -> Tensor:
+def attend(
+    module: nn.Module,
+    query_BHTK: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_eager: bool,
+    ledger: Ledger | None = None,
+    **_: Any,
+) -> Tensor:
     """Keys and values are copied to the heads that share them, as both kernels have it under a mask.
 
     A decoder has a mask where rows are padded or hold images; the attention of a tower has none.
@@ -75,7 +116,10 @@ def attend(module: nn.Module, query_BHTK: Tensor, key: Tensor, value: Tensor, is
     if num_shared > 1:
         key, value = (t.repeat_interleave(num_shared, dim=1) for t in (key, value))
     has_mask = getattr(module, "is_causal", True)
-    return KeepAttention.apply(query_BHTK, key, value, is_eager, has_mask).transpose(1, 2)
+    output = KeepAttention.apply(query_BHTK, key, value, is_eager, has_mask)
+    if ledger is not None:
+        ledger.keep(query_BHTK, key, value, output)
+    return output.transpose(1, 2)
 
 
 ATTENTIONS = {"sdpa": "partwise_keep", "eager": "partwise_keep_eager", "packed": "partwise_keep_packed"}
@@ -86,22 +130,10 @@ AttentionInterface.register(ATTENTIONS["packed"], keep_packed_attention)
 
 def saved_bytes(model: PreTrainedModel, run: Callable[[], Tensor]) -> int:
     """Bytes that the backward pass of `run` would read, each storage once, without parameters and buffers."""
-    seen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept: list[Tensor] = []  # while they live, no other storage takes their identity
-    total = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(tensor.detach())
-            total += storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept.append(run())
-    return total
+    ledger = Ledger(model)
+    with torch.autograd.graph.saved_tensors_hooks(ledger.add, lambda tensor: tensor):
+        ledger.held.append(run())
+    return ledger.num_bytes
 
 
 @contextmanager
@@ -117,11 +149,52 @@ def counted_attention(model: PreTrainedModel, attention: str) -> Iterator[None]:
 
 def decoder_bytes(model: PreTrainedModel, num_tokens: int, learns_below: bool, attention: str) -> int:
     """Bytes that the decoder keeps for one row. `learns_below`: a gradient leaves through its inputs."""
-    width = model.get_input_embeddings().weight.shape[1]
-    inputs = torch.empty(1, num_tokens, width, dtype=model.dtype, device="meta", requires_grad=learns_below)
-    decoder = model.get_decoder()
+    inputs, decoder = decoder_inputs(model, num_tokens, learns_below), model.get_decoder()
     with counted_attention(model, attention):
         return saved_bytes(model, lambda: decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state)
+
+
+def decoder_inputs(model: PreTrainedModel, num_tokens: int, learns_below: bool) -> Tensor:
+    width = model.get_input_embeddings().weight.shape[1]
+    return torch.empty(1, num_tokens, width, dtype=model.dtype, device="meta", requires_grad=learns_below)
+
+
+def compiled_decoder_bytes(
+    model: PreTrainedModel, num_tokens: int, learns_below: bool, attention: str
+) -> int:
+    """The same where layers are compiled: what goes into linear layers and attention, and comes out of them.
+
+    The compiler computes again what lies between, from these and from the two sums that go through a layer.
+    """
+    ledger, inputs, decoder = (
+        Ledger(model),
+        decoder_inputs(model, num_tokens, learns_below),
+        model.get_decoder(),
+    )
+
+    def keep_both(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        ledger.keep(args[0], output)
+
+    def keep_sums(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        ledger.keep(args[0], torch.empty_like(args[0], requires_grad=args[0].requires_grad))
+
+    handles = [module.register_forward_hook(keep_both) for module in outer_linears(decoder)]
+    handles += [layer.register_forward_pre_hook(keep_sums) for layer in decoder.layers]
+    try:
+        with counted_attention(model, attention):
+            decoder(inputs_embeds=inputs, use_cache=False, ledger=ledger)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ledger.num_bytes
+
+
+def outer_linears(module: nn.Module) -> list[nn.Module]:
+    """Linear layers, those with adapters as one: the sums that adapters make are not kept."""
+    outer = {path: m for path, m in module.named_modules() if hasattr(m, "base_layer")}
+    plain = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
+    inside = [path for path in plain if any(path.startswith(f"{other}.") for other in outer)]
+    return [*outer.values(), *(m for path, m in plain.items() if path not in inside)]
 
 
 def tower_bytes(model: PreTrainedModel, pixel_shape: tuple[int, ...], attention: str) -> int:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from partwise.config import Config, PartConfig
 from partwise.data.scan import ScannedRow
+from partwise.engine.choose import runs_compiled
 from partwise.engine.device import host_memory_bytes
 from partwise.errors import PlanError
 from partwise.model.estimate import Footprint, RowShape, estimate_footprint, planned_model
@@ -30,6 +31,8 @@ from partwise.tables import format_bytes
 # What the estimate leaves for the CUDA context and the gaps between tensors (docs/memory.md).
 GPU_WARNING_FRACTION = 0.9
 CPU_WARNING_FACTOR = 1.5
+# In how many steps the share of recomputed layers is raised until a step fits.
+NUM_SHARES = 32
 
 # What takes less on the language model, in the order of what it costs, as a config says it.
 ADAPTERS = {
@@ -54,7 +57,7 @@ def check_memory(context: Context) -> list[Finding]:
             f"the memory of a step cannot be predicted for {config.model.path}: {str(error).splitlines()[0]}"
         )
         return [Finding("memory", "info", text, config.where("model"))]
-    limit = device_bytes(job.device)
+    limit = limit_bytes(config, job.device)
     on_host = judge_host(context, footprint)
     finding = judge(context, footprint, row, limit, on_gpu=job.device.type == "cuda")
     if finding.level != "error":
@@ -65,11 +68,14 @@ def check_memory(context: Context) -> list[Finding]:
 def judge(context: Context, footprint: Footprint, row: RowShape, limit: int, on_gpu: bool) -> Finding:
     """The prediction beside the limit, without a fix."""
     config, train = context.config, context.config.train
-    peak = footprint.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
+    share = recomputed_share(config, footprint, context.job.device)
+    peak = footprint.peak_bytes(train.micro_batch_size, share)
     device = "the GPU has" if on_gpu else "this machine has free"
+    if train.memory_limit is not None and on_gpu:
+        device = "train.memory_limit is"
     text = (
-        f"a step takes about {format_bytes(peak)}{on_each(context)}, {describe(footprint, config)}, with "
-        f"{describe_micro_batch(context, row)}; "
+        f"a step takes about {format_bytes(peak)}{on_each(context)}, {describe(footprint, config, share)}, "
+        f"with {describe_micro_batch(context, row)}; "
         f"{device} {format_bytes(limit)}"
     )
     level: Literal["error", "warning", "info"] = "info"
@@ -118,9 +124,35 @@ def fits_alone(context: Context) -> bool:
         footprint = config_footprint(context, config, row).on_ranks("single", 1)
     except UNPREDICTED:
         return False
-    peak = footprint.peak_bytes(config.train.micro_batch_size, config.train.gradient_checkpointing)
+    share = recomputed_share(config, footprint, context.job.device)
+    peak = footprint.peak_bytes(config.train.micro_batch_size, share)
     needed = peak - footprint.share.masters_bytes - footprint.share.moments_bytes
-    return needed < GPU_WARNING_FRACTION * device_bytes(context.job.device)
+    return needed < GPU_WARNING_FRACTION * limit_bytes(config, context.job.device)
+
+
+def chosen_share(context: Context) -> float:
+    """The share of layers that the run recomputes; all where the memory of a step is not predicted."""
+    if context.config.train.gradient_checkpointing is not None or context.job.device.type == "cpu":
+        return float(bool(context.config.train.gradient_checkpointing))
+    row = longest_row(context)
+    if row is None:
+        return 0.0
+    try:
+        footprint = config_footprint(context, context.config, row)
+    except UNPREDICTED:
+        return 1.0
+    return recomputed_share(context.config, footprint, context.job.device)
+
+
+def recomputed_share(config: Config, footprint: Footprint, device: torch.device) -> float:
+    """What the config says, or on a GPU the least share with which a step fits; 1 where none does."""
+    train = config.train
+    if train.gradient_checkpointing is not None or device.type == "cpu":
+        return float(bool(train.gradient_checkpointing))
+    limit = GPU_WARNING_FRACTION * limit_bytes(config, device)
+    shares = (number / NUM_SHARES for number in range(NUM_SHARES))
+    fitting = (share for share in shares if footprint.peak_bytes(train.micro_batch_size, share) < limit)
+    return next(fitting, 1.0)
 
 
 def on_each(context: Context) -> str:
@@ -128,19 +160,20 @@ def on_each(context: Context) -> str:
     return f" on each of {context.num_ranks} ranks" if context.num_ranks > 1 else ""
 
 
-def describe(footprint: Footprint, config: Config) -> str:
-    train, share = config.train, footprint.share
-    trained = share.masters_bytes + share.moments_bytes + share.gradients_bytes
-    kept = footprint.activations_bytes(train.micro_batch_size, train.gradient_checkpointing)
-    return (
-        f"of it weights {format_bytes(share.weights_bytes)}, masters, moments and gradients "
+def describe(footprint: Footprint, config: Config, recomputed: float) -> str:
+    held = footprint.share
+    trained = held.masters_bytes + held.moments_bytes + held.gradients_bytes
+    kept = footprint.activations_bytes(config.train.micro_batch_size, recomputed)
+    text = (
+        f"of it weights {format_bytes(held.weights_bytes)}, masters, moments and gradients "
         f"{format_bytes(trained)}, activations {format_bytes(kept)}"
     )
+    return f"{text} with {recomputed:.0%} of the layers recomputed" if 0 < recomputed < 1 else text
 
 
 def with_fix(context: Context, finding: Finding, footprint: Footprint, row: RowShape, limit: int) -> Finding:
     """The finding with what would fit, tried in the order of what it costs; each was computed."""
-    fixes = [rows_fix(context.config, footprint, limit), engine_fix(context, footprint, limit)]
+    fixes = [rows_fix(context, context.config, footprint, limit), engine_fix(context, footprint, limit)]
     fix = " ".join(filter(None, fixes)) or states_fix(context, row, limit)
     if context.config.parts.settings("language_model"):
         fix = fix or adapter_fix(context, row, limit)
@@ -154,8 +187,9 @@ def engine_fix(context: Context, footprint: Footprint, limit: int) -> str:
     if context.num_ranks == 1 or context.engine == "fsdp":
         return ""
     spread, train = footprint.on_ranks("fsdp", context.num_ranks), context.config.train
-    fix = rows_fix(context.config, spread, limit, always=True)
-    peak = spread.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
+    fix = rows_fix(context, context.config, spread, limit, always=True)
+    share = recomputed_share(context.config, spread, context.job.device)
+    peak = spread.peak_bytes(train.micro_batch_size, share)
     return fix and f"Set engine: fsdp, with which it takes {format_bytes(peak)}{on_each(context)}. {fix}"
 
 
@@ -165,7 +199,7 @@ def states_fix(context: Context, row: RowShape, limit: int) -> str:
         return ""
     train = context.config.train.model_copy(update={"optimizer_states": "8bit"})
     config = context.config.model_copy(update={"train": train})
-    fix = rows_fix(config, config_footprint(context, config, row), limit, always=True)
+    fix = rows_fix(context, config, config_footprint(context, config, row), limit, always=True)
     return fix and f"Set train.optimizer_states: 8bit. {fix}"
 
 
@@ -175,7 +209,7 @@ def adapter_fix(context: Context, row: RowShape, limit: int) -> str:
         parts = context.config.parts.model_copy(update={"language_model": setting})
         config = context.config.model_copy(update={"parts": parts})
         try:
-            fix = rows_fix(config, config_footprint(context, config, row), limit, always=True)
+            fix = rows_fix(context, config, config_footprint(context, config, row), limit, always=True)
         except PlanError:
             continue
         if fix:
@@ -191,23 +225,26 @@ def offload_fix(context: Context, footprint: Footprint, limit: int) -> str:
     spread = footprint.on_ranks("fsdp", context.num_ranks, offload_optimizer=True)
     if all_host_bytes(context, spread) > host_memory_bytes():
         return ""
-    fix = rows_fix(context.config, spread, limit, always=True)
-    peak = spread.peak_bytes(train.micro_batch_size, train.gradient_checkpointing)
+    fix = rows_fix(context, context.config, spread, limit, always=True)
+    share = recomputed_share(context.config, spread, context.job.device)
+    peak = spread.peak_bytes(train.micro_batch_size, share)
     return fix and (
         f"Set engine: fsdp with train.offload_optimizer: true, with which it takes {format_bytes(peak)}"
         f"{on_each(context)} and steps are slower. {fix}"
     )
 
 
-def rows_fix(config: Config, footprint: Footprint, limit: int, always: bool = False) -> str:
+def rows_fix(context: Context, config: Config, footprint: Footprint, limit: int, always: bool = False) -> str:
     """What to set so that the footprint fits; "" where nothing does. `always`: as it is may be the answer."""
     train = config.train
     most = train.micro_batch_size if always else train.micro_batch_size - 1
     limit = int(GPU_WARNING_FRACTION * limit)
     fixes = []
-    if rows := footprint.largest_num_rows(limit, train.gradient_checkpointing, most):
+    # By default all layers are recomputed before rows have to be fewer.
+    is_chosen = train.gradient_checkpointing is None and context.job.device.type == "cuda"
+    if rows := footprint.largest_num_rows(limit, is_chosen or bool(train.gradient_checkpointing), most):
         fixes.append(f"train.micro_batch_size: {rows}")
-    if not train.gradient_checkpointing:
+    if not train.gradient_checkpointing and not is_chosen:
         rows = footprint.largest_num_rows(limit, True, train.micro_batch_size)
         if rows:
             fixes.append(f"train.gradient_checkpointing: true with train.micro_batch_size: {rows}")
@@ -218,7 +255,8 @@ def config_footprint(context: Context, config: Config, row: RowShape) -> Footpri
     plan = resolve_plan(context.job.empty_model, config)
     model = planned_model(config.model, plan)
     attention = config.model.attention if row.most_rows is None else "packed"
-    alone = estimate_footprint(model, plan, row, attention, config.train.optimizer_states)
+    compiled = runs_compiled(context.engine) and context.job.compiles
+    alone = estimate_footprint(model, plan, row, attention, config.train.optimizer_states, compiled)
     # On a CPU the host is where shards are anyway.
     offloads = config.train.offload_optimizer and context.job.device.type == "cuda"
     return alone.on_ranks(context.engine, context.num_ranks, offloads)
@@ -272,6 +310,12 @@ def image_tiles(processor: Any, size: tuple[int, int]) -> tuple[tuple[int, ...],
     last = 3 if pixels.ndim >= 4 else 1
     tile_shape = tuple(pixels.shape[-last:])
     return tile_shape, pixels.numel() // int(np.prod(tile_shape))
+
+
+def limit_bytes(config: Config, device: torch.device) -> int:
+    """What the run may take: train.memory_limit on a GPU, or all that the device has."""
+    limit, has = config.train.memory_limit, device_bytes(device)
+    return has if limit is None or device.type == "cpu" else min(has, int(limit * 2**30))
 
 
 def device_bytes(device: torch.device) -> int:

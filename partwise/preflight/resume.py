@@ -29,6 +29,7 @@ FREE_KEYS = (
     "data.packing",
     "train.gradient_checkpointing",
     "train.compile",
+    "train.memory_limit",
     "train.micro_batch_size",
     "train.offload_optimizer",
     "train.log_every",

@@ -17,7 +17,7 @@ from partwise.data.loader import StepLoader
 from partwise.data.packing import PackFormat
 from partwise.data.sources import Rows, open_rows
 from partwise.data.template import end_of_turn
-from partwise.engine.device import pick_device, seed_everything
+from partwise.engine.device import limit_memory, pick_device, seed_everything
 from partwise.engine.ranks import Ranks
 from partwise.errors import ConfigError
 from partwise.families import IMAGE_RUN_FIELDS
@@ -61,6 +61,7 @@ class Job:
 
     @cached_property
     def device(self) -> torch.device:
+        limit_memory(self.config.train.memory_limit)
         return pick_device()
 
     @cached_property
@@ -230,9 +231,13 @@ class Job:
         return loaded
 
     def _set_up(self, model: PreTrainedModel) -> None:
-        """What the config says of a model that was just opened: attention, plan, recomputed layers."""
+        """What the config says of a model that was just opened: attention, plan, recomputed layers.
+
+        All of them, also where it will be some in training: checks then need no more memory than that.
+        """
         if self.packs is not None:
             use_packed_attention(model)
         apply_plan(model, self.plan)
-        if self.config.train.gradient_checkpointing:
+        checkpointing = self.config.train.gradient_checkpointing
+        if checkpointing or (checkpointing is None and self.device.type == "cuda"):
             enable_gradient_checkpointing(model, self.plan)

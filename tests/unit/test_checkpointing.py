@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from partwise.model.memory import enable_gradient_checkpointing
+from partwise.model.memory import enable_gradient_checkpointing, recompute_layers
 from partwise.model.parts import apply_plan, resolve_plan
 
 PLANS = {
@@ -77,6 +77,19 @@ def test_layers_are_recomputed_where_gradient_passes(
         image_batch("gemma3"),
     )
     assert list(counts.values()) == [tower, decoder]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_a_share_of_the_layers_is_recomputed(share, load_tiny, image_batch, make_config):
+    parts = make_config("vision_tower: full\nlanguage_model: full")
+    model = prepared(load_tiny, parts, "gemma3", True)
+    expected = gradients(model, image_batch("gemma3"))
+    assert recompute_layers(model, resolve_plan(load_tiny("gemma3"), parts), share) == (4 * share, 4)
+    decoder, tower = model.get_decoder().layers, model.get_encoder("image").encoder.layers
+    for layers in (decoder, tower):
+        assert [layer.gradient_checkpointing for layer in layers] == [share > 0, share == 1]
+    for name, gradient in gradients(model, image_batch("gemma3")).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -122,7 +122,7 @@ engine: zero4
         "c.yaml:20: train.warp: unknown key. The keys here are epochs, steps, global_batch_size, "
         "micro_batch_size, learning_rate, learning_rate_schedule, warmup_steps, min_learning_rate_fraction, "
         "weight_decay, adam_betas, adam_eps, optimizer_states, offload_optimizer, max_grad_norm, "
-        "gradient_checkpointing, compile, seed, log_every, eval_every, save_every, keep_last, "
+        "gradient_checkpointing, memory_limit, compile, seed, log_every, eval_every, save_every, keep_last, "
         "keep_best, verify.",
         'c.yaml:21: engine: "zero4" is not one of auto, single, ddp, fsdp, zero2, zero3. '
         'Did you mean "zero3"?',

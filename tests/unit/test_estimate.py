@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from partwise.config import load_config
-from partwise.model.estimate import RowShape, estimate_footprint, planned_model
+from partwise.model.estimate import Kept, RowShape, estimate_footprint, planned_model
 from partwise.model.trace import saved_bytes
 from partwise.preflight import Context, memory
 from partwise.tables import format_bytes
@@ -29,7 +30,7 @@ def job(tiny_folder, tmp_path, make_image):
         path.write_text(
             f"model: {{path: {tiny_folder(family)}}}\nparts: {parts}\n"
             f"data: {{train: {tmp_path / 'rows.jsonl'}, num_workers: 0, packing: false}}\n"
-            f"output: {tmp_path / 'run'}\n"
+            f"train: {{gradient_checkpointing: false}}\noutput: {tmp_path / 'run'}\n"
         )
         return Job(load_config(path, overrides))
 
@@ -166,6 +167,44 @@ def test_too_many_rows_for_a_gpu_is_an_error_with_what_fits(job, monkeypatch) ->
     finding = error_of(made, monkeypatch, int(footprint(made, row).peak_bytes(3, False) / 0.9) + 9)
     assert finding.level == "error"
     assert "train.micro_batch_size: 3, or train.gradient_checkpointing: true" in finding.fix
+
+
+def test_by_default_as_many_layers_are_recomputed_as_it_takes(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "train.gradient_checkpointing=null")
+    whole = footprint(made, memory.longest_row(Context(made)))
+    whole = replace(whole, decoder=Kept(32_000_000, 320_000, 1_000_000))
+    monkeypatch.setattr(memory, "config_footprint", lambda *_: whole)
+    for share in (0, 0.25, 0.5, 1):
+        finding = error_of(made, monkeypatch, int(whole.peak_bytes(4, share) / 0.9) + 9)
+        assert memory.chosen_share(Context(made)) == share
+        assert finding.level == "info" and finding.values["peak_bytes"] == whole.peak_bytes(4, share)
+        assert ("with 50% of the layers recomputed" in finding.message) == (share == 0.5)
+    finding = error_of(made, monkeypatch, int(whole.peak_bytes(2, 1) / 0.9) + 9)
+    assert finding.level == "error" and memory.chosen_share(Context(made)) == 1
+    assert finding.fix == "This would fit: train.micro_batch_size: 2."
+
+    del made.__dict__["device"]
+    assert made.device.type == "cpu" and memory.chosen_share(Context(made)) == 0
+
+
+def test_a_memory_limit_is_the_memory_that_there_is(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: full}", "train.memory_limit=0.001")
+    finding = error_of(made, monkeypatch, 1 << 40)
+    assert finding.level == "error" and "train.memory_limit is 1.0 MiB" in finding.message
+
+
+def test_compiled_layers_are_taken_to_keep_less(job, monkeypatch) -> None:
+    made = job("gemma3", "{language_model: lora}", "data.packing=true", "train.compile=true")
+    made.__dict__["device"] = torch.device("cuda")
+    assert made.packs is not None
+    row = memory.longest_row(Context(made))
+    monkeypatch.setattr(Job, "compiles", False)
+    usual = memory.config_footprint(Context(made), made.config, row)
+    monkeypatch.setattr(Job, "compiles", True)
+    compiled = memory.config_footprint(Context(made), made.config, row)
+    sharded = memory.config_footprint(Context(made, engine="fsdp", num_ranks=2), made.config, row)
+    assert 0.5 < compiled.decoder.all_bytes / usual.decoder.all_bytes < 0.95
+    assert sharded.decoder.all_bytes == usual.decoder.all_bytes
 
 
 def test_8_bit_moments_are_advised_before_adapters(job, monkeypatch) -> None:
