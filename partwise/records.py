@@ -64,13 +64,21 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class PixelTable:
+    """The number that a model is given for each 8-bit value, per channel; 0 in tiles that are padding."""
+
+    values: tuple[tuple[float, ...], ...]
+    has_padding: bool
+
+
+@dataclass(frozen=True)
 class Example:
     """One tokenised conversation.
 
     `labels` (T,) are unshifted: labels[t] is input_ids[t] or IGNORE_INDEX, and labels[0] is always
     IGNORE_INDEX. `token_fields` are other per-token inputs of the model, each (T,), such as Gemma-3's
     token_type_ids. `media` are the model's image inputs as its processor made them, first axis images or
-    patches.
+    patches; with `pixels`, a table, its pixels are in 8 bits.
     """
 
     input_ids: torch.Tensor
@@ -80,6 +88,7 @@ class Example:
     num_target_tokens: int
     source: str
     row: int
+    pixels: PixelTable | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,7 @@ class Batch:
     rows: tuple[str, ...]
     position_ids: torch.Tensor | None = None
     pack: Pack | None = None
+    pixels: PixelTable | None = None
 
 
 @dataclass(frozen=True)

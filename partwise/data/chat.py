@@ -18,6 +18,7 @@ import torch
 from transformers import BatchFeature
 
 from partwise.data.images import Picture, decode_picture
+from partwise.data.pixels import PIXELS, find_pixel_table, processor_options, to_bytes
 from partwise.data.rows import row_name
 from partwise.data.template import chat_template, render, render_answers, special_tokens, tokenizer_of
 from partwise.data.tokens import check_control_tokens, control_pattern, run_processor
@@ -62,6 +63,7 @@ class ChatFormat:
         self.overlong = overlong
         self.control = control_pattern(processor)
         self.special_tokens = special_tokens(processor)
+        self.pixels = find_pixel_table(processor)
 
     def __call__(self, conversation: Conversation) -> Example | Dropped:
         """The example, or why the row gives none.
@@ -100,7 +102,8 @@ class ChatFormat:
         """
         text, answers = rendered
         row = row_name(conversation.source, conversation.row)
-        inputs = run_processor(self.processor, text, [picture.pixels for picture in pictures], row)
+        options = {} if self.pixels is None else processor_options(self.pixels.has_padding)
+        inputs = run_processor(self.processor, text, [picture.pixels for picture in pictures], row, options)
         offsets = inputs.pop("offset_mapping")[0]
         replacements = [r for sample in inputs.pop("text_replacement_offsets", []) for r in sample]
         input_ids = inputs.pop("input_ids")[0]
@@ -115,14 +118,17 @@ class ChatFormat:
         is_answer[:1] = False
         num_tokens = len(input_ids)
         fields = {k: v for k, v in inputs.items() if tuple(v.shape) == (1, num_tokens)}
+        media = {k: v for k, v in inputs.items() if k not in fields}
+        pixels = self.pixels if PIXELS in media else None
         example = Example(
             input_ids=input_ids,
             labels=input_ids.where(is_answer, IGNORE_INDEX),
             token_fields={k: v[0] for k, v in fields.items()},
-            media={k: v for k, v in inputs.items() if k not in fields},
+            media=media if pixels is None else to_bytes(media, pixels.has_padding),
             num_target_tokens=int(is_answer.sum()),
             source=conversation.source,
             row=conversation.row,
+            pixels=pixels,
         )
         media_positions = is_media.nonzero()
         return Encoded(example, images_end=int(media_positions[-1]) + 1 if len(media_positions) else 0)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from partwise.data.packing import PackFormat, find_pack, plan_packs
+from partwise.data.pixels import holds_pixels
 from partwise.data.rows import row_name
-from partwise.records import IGNORE_INDEX, Batch, Example
+from partwise.records import IGNORE_INDEX, Batch, Example, PixelTable
 
 
 def micro_batches(
@@ -63,6 +64,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, packs: PackFormat | 
         num_target_tokens=sum(e.num_target_tokens for e in examples),
         num_input_tokens=sum(len(e.input_ids) for e in examples),
         rows=tuple(row_name(e.source, e.row) for e in examples),
+        pixels=_pixels(examples),
     )
 
 
@@ -87,6 +89,7 @@ def join_batches(first: Batch, second: Batch, pad_token_id: int, packs: PackForm
         num_target_tokens=first.num_target_tokens + second.num_target_tokens,
         num_input_tokens=first.num_input_tokens + second.num_input_tokens,
         rows=first.rows + second.rows,
+        pixels=_pixels(both),
     )
 
 
@@ -95,7 +98,7 @@ def filler_batch(example: Example, pad_token_id: int, packs: PackFormat | None =
 
     With it a rank runs the same modules as the others where its own rows do not reach them.
     """
-    media = {name: torch.zeros_like(t) if t.is_floating_point() else t for name, t in example.media.items()}
+    media = {name: torch.zeros_like(t) if holds_pixels(t) else t for name, t in example.media.items()}
     labels = torch.full_like(example.labels, IGNORE_INDEX)
     silent = replace(example, labels=labels, media=media, num_target_tokens=0)
     return replace(collate([silent], pad_token_id, packs), num_input_tokens=0, rows=())
@@ -113,6 +116,7 @@ def _document(example: Example, packs: PackFormat) -> Batch:
         num_input_tokens=len(example.input_ids),
         rows=(row_name(example.source, example.row),),
         position_ids=packs.position_ids(example),
+        pixels=example.pixels,
     )
 
 
@@ -145,7 +149,15 @@ def _pack(batches: Sequence[Batch], pad_token_id: int, packs: PackFormat) -> Bat
         rows=tuple(row for batch in batches for row in batch.rows),
         position_ids=lay_out((b.position_ids for b in batches if b.position_ids is not None), 0),
         pack=find_pack(document_ids[0], is_image),
+        pixels=_pixels(batches),
     )
+
+
+def _pixels(those: Sequence[Example | Batch]) -> PixelTable | None:
+    """The table of their pixels, which is the same for all that have images."""
+    tables = {one.pixels for one in those if one.media}
+    assert len(tables) <= 1, "pixels in 8 bits and pixels as numbers in one batch"
+    return next(iter(tables), None)
 
 
 def _field(fields: dict[str, Tensor], name: str, input_ids: Tensor) -> Tensor:

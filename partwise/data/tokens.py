@@ -8,7 +8,8 @@ refused: control tokens in a text, placeholders without an image, a second BOS. 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image as PILImage
@@ -41,10 +42,17 @@ def check_control_tokens(conversation: Conversation, control: re.Pattern[str], r
                 )
 
 
-def run_processor(processor: Any, text: str, pictures: list[PILImage.Image], row: str) -> dict[str, Any]:
+def run_processor(
+    processor: Any,
+    text: str,
+    pictures: list[PILImage.Image],
+    row: str,
+    image_options: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """What the processor or tokenizer makes of the text and the pictures: tensors with one row, and offsets.
 
     BOS comes from the template where it writes one, otherwise from the tokenizer if it adds one.
+    `image_options` are for the image processor.
     """
     tokenizer = tokenizer_of(processor)
     bos = tokenizer.bos_token
@@ -65,6 +73,7 @@ def run_processor(processor: Any, text: str, pictures: list[PILImage.Image], row
             images=[pictures] if pictures else None,
             return_text_replacement_offsets=True,
             **options,
+            **(image_options if pictures else {}),
         )
     except ValueError as error:
         raise DataError(

@@ -15,7 +15,7 @@ import torch
 
 from partwise.config import ModelConfig
 from partwise.model.find import find_parts
-from partwise.model.head import CHUNK_ROWS
+from partwise.model.head import MODULE_CHUNK, Chunk, chunk_of, logit_softcap
 from partwise.model.load import empty_model
 from partwise.model.parts import apply_plan
 from partwise.model.shares import Share, Weights, packed_bytes, read_weights, share_of
@@ -24,9 +24,6 @@ from partwise.records import PartsPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Per logit, at the widest moment of its backward pass: the saved probabilities and two gradients, fp32 each.
-LOGIT_BYTES = 12
 
 # While a layer runs backward, gradients of its activations stand beside the activations themselves.
 LAYER_BACKWARD_FRACTION = 0.5
@@ -74,12 +71,15 @@ class Footprint:
     tower_trains: bool
     largest_dequantized_bytes: int
     num_target_tokens: int
-    logit_row_bytes: int
+    vocab_size: int
+    chunk: Chunk
     most_rows: int | None = None
 
     def on_ranks(self, engine: str, num_ranks: int, offload_optimizer: bool = False) -> Footprint:
         """The same step on each of `num_ranks` ranks that share one copy of the model."""
-        return replace(self, share=share_of(self.weights, engine, num_ranks, offload_optimizer))
+        share = share_of(self.weights, engine, num_ranks, offload_optimizer)
+        # It gathers the head's weight around a call of the head.
+        return replace(self, share=share, chunk=MODULE_CHUNK if engine == "zero3" else self.chunk)
 
     @property
     def fixed_bytes(self) -> int:
@@ -95,8 +95,10 @@ class Footprint:
         return self.at_most(num_rows) * (self.decoder.bytes(recomputed) + tower)
 
     def head_bytes(self, num_rows: int) -> int:
-        rows = min(CHUNK_ROWS, self.at_most(num_rows) * self.num_target_tokens)
-        return rows * self.logit_row_bytes + self.share.passing.head_bytes
+        """The loss: a chunk of logits, and the gradient of a head that trains."""
+        rows = min(self.chunk.num_rows, self.at_most(num_rows) * self.num_target_tokens)
+        logits = rows * self.vocab_size * self.chunk.logit_bytes
+        return max(logits, self.share.passing.head_copy_bytes) + self.share.passing.head_bytes
 
     def layer_bytes(self, num_rows: int, recomputed: float) -> int:
         """The layer that runs: its gradients, and its own activations where they were not kept."""
@@ -110,8 +112,9 @@ class Footprint:
         `recomputed` is the share of layers that are computed again in the backward pass, 0 to 1.
         """
         passing = self.share.passing
-        running = max(self.head_bytes(num_rows), self.layer_bytes(num_rows, recomputed))
-        backward = self.activations_bytes(num_rows, recomputed) + passing.waiting_bytes + running
+        layer = passing.waiting_bytes + self.layer_bytes(num_rows, recomputed)
+        running = max(self.head_bytes(num_rows), layer)
+        backward = self.activations_bytes(num_rows, recomputed) + running
         return self.fixed_bytes + passing.gathered_bytes + max(backward, passing.last_bytes)
 
     def largest_num_rows(self, limit_bytes: int, recomputed: float, most: int) -> int:
@@ -145,6 +148,7 @@ def estimate_footprint(
     """
     weights = read_weights(model, plan, optimizer_states)
     packed = packed_bytes(model, plan)
+    head = model.get_output_embeddings()
     return Footprint(
         weights=weights,
         share=share_of(weights, "single"),
@@ -153,7 +157,8 @@ def estimate_footprint(
         tower_trains="vision_tower" in plan and bool(plan["vision_tower"].trainable),
         largest_dequantized_bytes=max((p.numel() * p.dtype.itemsize for p in packed), default=0),
         num_target_tokens=row.num_target_tokens,
-        logit_row_bytes=LOGIT_BYTES * model.get_output_embeddings().weight.shape[0],
+        vocab_size=head.weight.shape[0],
+        chunk=chunk_of(head, logit_softcap(model)),
         most_rows=row.most_rows,
     )
 

@@ -16,6 +16,7 @@ import torch
 
 from partwise.model.codes import CODE_BLOCK, LEAST_CODED
 from partwise.model.find import deepest_path, find_parts
+from partwise.model.head import is_plain_linear
 from partwise.model.quantize import nf4_bytes
 from partwise.records import PartsPlan
 
@@ -45,11 +46,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a model. `itemsize` is of the type it runs in, `head_bytes` of a head that trains."""
+    """All tensors of a model. `itemsize` is of the type it runs in.
+
+    `head_elements` are those of a head that trains. `sums_head`: its gradient is summed over chunks of rows
+    in fp32 and then rounded to its own type; not where it is called as a module.
+    """
 
     tensors: tuple[Weight, ...]
     itemsize: int
-    head_bytes: int
+    head_elements: int
+    sums_head: bool
     optimizer_states: str
 
     @property
@@ -65,13 +71,15 @@ class Weights:
 class Passing:
     """Bytes of a moment. `gathered_bytes`: whole weights beside the shards, during the whole step.
 
-    Gradients: `waiting_bytes` stand during the whole backward pass, `head_bytes` while the loss runs
-    backward, `layer_bytes` while a layer does, and `last_bytes` when all activations are gone.
+    Gradients: `head_bytes` stand beside the logits, `head_copy_bytes` beside these when the logits are gone;
+    then `waiting_bytes` during the whole backward pass, `layer_bytes` while a layer runs backward, and
+    `last_bytes` when all activations are gone.
     """
 
     gathered_bytes: int = 0
     waiting_bytes: int = 0
     head_bytes: int = 0
+    head_copy_bytes: int = 0
     layer_bytes: int = 0
     last_bytes: int = 0
 
@@ -96,8 +104,16 @@ class Share:
 
 
 def pass_whole(weights: Weights) -> Passing:
-    """The 16-bit gradient of a head that is tied to the embeddings waits for all its terms."""
-    return Passing(head_bytes=weights.head_bytes)
+    """The gradient of a head, in fp32 and then in its own type."""
+    return Passing(**head_gradient(weights))
+
+
+def head_gradient(weights: Weights) -> dict[str, int]:
+    if not weights.sums_head:
+        return {"head_bytes": weights.itemsize * weights.head_elements}
+    wide = max(4, weights.itemsize)
+    copy = weights.itemsize if weights.itemsize < wide else 0
+    return {"head_bytes": wide * weights.head_elements, "head_copy_bytes": copy * weights.head_elements}
 
 
 def pass_units(weights: Weights) -> Passing:
@@ -112,6 +128,7 @@ def pass_units(weights: Weights) -> Passing:
         waiting_bytes=weights.itemsize * trained_root,
         layer_bytes=(weights.itemsize + 4) * trained_layer,
         last_bytes=(weights.itemsize + 4) * trained_root,
+        **head_gradient(weights),
     )
 
 
@@ -119,7 +136,7 @@ def pass_buckets(weights: Weights) -> Passing:
     """DeepSpeed's stage 2: gradients fill a bucket, a larger one goes alone; both are summed in fp32."""
     counts = [tensor.num_elements for tensor in weights.trained]
     return Passing(
-        head_bytes=weights.head_bytes,
+        **head_gradient(weights),
         layer_bytes=(weights.itemsize + 4) * min(BUCKET_ELEMENTS, sum(counts)),
         last_bytes=(weights.itemsize + 4) * max(counts, default=0),
     )
@@ -132,7 +149,7 @@ def pass_live(weights: Weights) -> Passing:
     buckets = pass_buckets(weights)
     return Passing(
         gathered_bytes=weights.itemsize * max(2 * layer + root, num_live),
-        head_bytes=buckets.head_bytes,
+        **head_gradient(replace(weights, sums_head=False)),
         layer_bytes=buckets.layer_bytes,
         last_bytes=buckets.last_bytes,
     )
@@ -245,7 +262,7 @@ def read_weights(model: PreTrainedModel, plan: PartsPlan, optimizer_states: str)
         for name in part.parameter_names
         if name not in part.module_paths  # a bare parameter is another module's
     }
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
     return Weights(
         tensors=tuple(
             Weight(
@@ -259,7 +276,8 @@ def read_weights(model: PreTrainedModel, plan: PartsPlan, optimizer_states: str)
             for name, p in model.named_parameters()
         ),
         itemsize=model.dtype.itemsize,
-        head_bytes=head.numel() * head.dtype.itemsize if head.requires_grad else 0,
+        head_elements=head.weight.numel() if head.weight.requires_grad else 0,
+        sums_head=is_plain_linear(head),
         optimizer_states=optimizer_states,
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from partwise.data.chat import ChatFormat, read_pictures
 from partwise.data.collate import collate, group_rows
 from partwise.data.packing import PackFormat
+from partwise.data.pixels import with_own_pixels
 from partwise.data.template import tokenizer_of
 from partwise.errors import UserError
 from partwise.model.load import load_processor
@@ -26,7 +27,7 @@ from partwise.records import IGNORE_INDEX, Batch, Example, Message, Span, Text
 
 def make_patient(context: Context, places: list[int]) -> Patient:
     job = context.job
-    examples = examples_at(context, places)
+    examples = [with_own_pixels(example) for example in examples_at(context, places)]
     tokenizer = tokenizer_of(job.processor)
     special = tokenizer.convert_tokens_to_ids(list(job.chat_format.special_tokens))
     bos = tokenizer.bos_token_id
@@ -94,7 +95,7 @@ def other_rows(context: Context, places: list[int]) -> dict[str, tuple[Example, 
         results = [own(conversation_at(context, place)) for place in places]
     except UserError:  # the folder has no template, or it refuses the rows: nothing to compare with
         return {}
-    examples = tuple(result for result in results if isinstance(result, Example))
+    examples = tuple(with_own_pixels(result) for result in results if isinstance(result, Example))
     return {"the chat template of the model folder": examples} if examples else {}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from partwise.data.pixels import restore_pixels
 from partwise.engine.single import Engine
 from partwise.errors import TrainingError
 from partwise.model.attention import takes_packs
@@ -139,6 +140,8 @@ def model_inputs(
         name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         for name, tensor in tensors.items()
     }
+    if batch.pixels is not None:
+        inputs |= restore_pixels({name: inputs.pop(name) for name in batch.media}, batch.pixels, dtype)
     if batch.pack is not None:
         assert takes_packs(model), "the documents of a pack would see each other"
         inputs["pack"] = PackLayout.of(batch.pack, device)

@@ -84,3 +84,15 @@ def test_collectives_move_what_the_others_have(scaling) -> None:
     for num_gpus in (8, 64, 512):
         moves = scaling["collected"](1.0, num_gpus)
         assert moves.node + moves.network == pytest.approx((num_gpus - 1) / num_gpus)
+
+
+def test_the_head_beside_other_ways_to_compute_its_loss(run_benchmark) -> None:
+    rows = run_benchmark("head", "small")
+    ours, others = ([row for row in rows if ("ours" in row["cell"]) is is_ours] for is_ours in (True, False))
+    assert len(ours) == 6 and len(others) == 4
+    for row in ours:
+        likes = [other for other in others if len(other["gradient_errors"]) == len(row["gradient_errors"])]
+        assert likes
+        for other in likes:
+            pairs = zip(row["gradient_errors"], other["gradient_errors"], strict=True)
+            assert all(mine <= theirs for mine, theirs in pairs)

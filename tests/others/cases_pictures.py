@@ -10,6 +10,7 @@ import torch
 from bench import Bench, Row, listening
 from PIL import Image, ImageOps
 
+from partwise.data.pixels import with_own_pixels
 from partwise.records import Example
 
 
@@ -26,7 +27,7 @@ def our_pixels(bench: Bench, file: Path) -> torch.Tensor:
     turns = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "red"}]
     example = bench.example({"messages": turns, "images": [str(file)]})
     assert isinstance(example, Example)
-    return example.media["pixel_values"]
+    return with_own_pixels(example).media["pixel_values"]
 
 
 def halves(left: Any, right: Any, size: tuple[int, int] = (80, 40)) -> Image.Image:

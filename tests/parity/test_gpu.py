@@ -8,6 +8,7 @@ import torch
 from partwise.engine.device import peak_memory_bytes, pick_device
 from partwise.engine.fsdp import Fsdp
 from partwise.engine.join import connected_alone
+from partwise.model import head as head_module
 from partwise.model.head import token_loss_sum
 from partwise.model.quantize import dequantized, quantize_linear
 from partwise.training.optim import Optimizer
@@ -75,6 +76,34 @@ def test_the_host_waits_for_nothing_in_loss_and_update(language_model, states, o
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert norms["language_model"] > 0
+
+
+@pytest.mark.parametrize("vocab_size", [300, 70_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_head_multiplies_16_bits_into_fp32(dtype, vocab_size, monkeypatch):
+    """Over several chunks, and with logits whose softmax is written over them."""
+    monkeypatch.setattr(head_module, "CHUNK_ROWS", 64)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(96, vocab_size, dtype=dtype, device="cuda")
+    torch.nn.init.normal_(head.weight)
+    hidden = torch.randn(1, 201, 96, device="cuda").to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (1, 201))
+    inputs = [hidden, head.weight, head.bias]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    logits = torch.nn.functional.linear(*exact_inputs)[0, :-1]
+    exact = torch.nn.functional.cross_entropy(logits, labels[0, 1:].cuda(), reduction="sum")
+    called = token_loss_sum(hidden, labels, torch.nn.Sequential(head))
+    loss = token_loss_sum(hidden, labels, head)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert abs(loss.item() - exact.item()) <= max(abs(called.item() - exact.item()), 1e-6 * exact.item())
+    grads = [
+        torch.autograd.grad(value / 200, tensors)
+        for value, tensors in ((loss, inputs), (called, inputs), (exact, exact_inputs))
+    ]
+    for mine, theirs, right in zip(*grads, strict=True):
+        assert mine.dtype == dtype
+        error = mine.double().dist(right)
+        assert error <= max(theirs.double().dist(right), 1e-5 * right.norm())
 
 
 def train_in_shards(tiny, parts, device: torch.device, offload: bool, **settings: str):

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from partwise.data.align import align_batches
 from partwise.data.collate import collate, filler_batch, join_batches, micro_batches
 from partwise.data.packing import PackFormat
+from partwise.data.pixels import with_own_pixels
 from partwise.families import IMAGE_RUN_FIELDS
 from partwise.model.attention import packing_obstacle, use_packed_attention
 from partwise.model.positions import grid_positions
@@ -168,7 +169,7 @@ def changed(example: Example, position: int) -> Example:
 def test_a_document_does_not_see_what_changes_in_another(tiny):
     """Documents of images before and behind it, and what comes later in its own text."""
     packs = pack_format(tiny.model)
-    one, two, three = tiny.examples[4], tiny.examples[1], tiny.examples[2]
+    one, two, three = (with_own_pixels(tiny.examples[i]) for i in (4, 1, 2))
     batch = collate([one, two, three], PAD, packs)
     start, end = batch.pack.documents[1]
     before = hidden_states(tiny.model, batch)

@@ -43,7 +43,8 @@ def compared(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("plan_name", PLANS)
 def test_losses_and_norms_are_those_of_one_process(compared, plan_name):
-    tolerance = 1e-6 if plan_name in FP32_PLANS else 2e-3
+    # In bfloat16 stage 3 rounds logits, because it calls the head; one process does not.
+    tolerance = 1e-6 if plan_name in FP32_PLANS else 3e-3
     one, ranks = compared[plan_name]["losses"]
     assert len(one) >= 6
     assert ranks == pytest.approx(one, rel=tolerance)

@@ -20,6 +20,7 @@ from tokenizers.processors import ByteLevel
 from transformers import LlavaProcessor
 
 from partwise.data.chat import ChatFormat, prompt_inputs
+from partwise.data.pixels import with_own_pixels
 from partwise.data.preview import preview_example
 from partwise.errors import ConfigError, DataError
 from partwise.model.load import load_model_config, load_processor, media_token_ids
@@ -165,7 +166,7 @@ def test_ids_are_those_of_transformers(family: str, chat_format: Callable[..., C
         ]
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         reference = form.processor.apply_chat_template(messages, **options)
-        example = form(conversation)
+        example = with_own_pixels(form(conversation))
         assert torch.equal(example.input_ids, reference["input_ids"][0])
         for name, tensor in {**example.token_fields, **example.media}.items():
             wanted = reference[name]

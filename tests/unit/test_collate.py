@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 from partwise.data.align import align_batches
 from partwise.data.chat import ChatFormat
 from partwise.data.collate import collate, filler_batch, join_batches
+from partwise.data.pixels import with_own_pixels
 from partwise.data.template import render
 from partwise.errors import DataError
 from partwise.model.load import load_model_config, load_processor, media_token_ids
@@ -174,7 +175,7 @@ def test_a_batch_is_what_the_processor_makes_of_all_rows(
         return_tensors="pt",
     )
     ours = {"input_ids": batch.input_ids, "attention_mask": (batch.document_ids >= 0).long()}
-    ours |= batch.token_fields | batch.media
+    ours |= batch.token_fields | with_own_pixels(batch).media
     assert set(ours) == set(reference)
     for name, tensor in ours.items():
         assert torch.equal(tensor, reference[name]), name

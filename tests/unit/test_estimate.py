@@ -90,6 +90,22 @@ def quantized_linears(made: Job):
     ]
 
 
+@pytest.mark.parametrize(("dtype", "logit_bytes"), [("bfloat16", 6), ("float32", 4)])
+def test_the_loss_holds_a_chunk_of_logits_and_the_gradient_of_the_head(job, dtype, logit_bytes) -> None:
+    """Once in fp32 and once in 16 bits; where the head is called as a module, all of its backward pass."""
+    frozen = footprint(
+        job("gemma3", "{projector: full}", f"model.dtype={dtype}"), replace(ROW, num_target_tokens=900)
+    )
+    vocab_size, width = 512, 64
+    assert frozen.vocab_size == vocab_size
+    assert frozen.head_bytes(1) == 900 * vocab_size * logit_bytes
+    assert frozen.head_bytes(5) == 2048 * vocab_size * logit_bytes
+    assert frozen.on_ranks("zero3", 2).head_bytes(5) == 1024 * vocab_size * 12
+    trained = footprint(job("gemma3", "{language_model: full}", f"model.dtype={dtype}"))
+    copy = 2 * vocab_size * width if dtype == "bfloat16" else 0
+    assert trained.head_bytes(1) == 4 * vocab_size * width + max(16 * vocab_size * logit_bytes, copy)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "llava", "llava-next", "qwen2.5-vl"])
 def test_every_family_is_predicted_and_checkpointing_keeps_less(job, family) -> None:
     made = job(family, "{vision_tower: full, projector: full, language_model: full}")

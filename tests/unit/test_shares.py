@@ -29,7 +29,8 @@ WEIGHTS = Weights(
         Weight(TOWER, 2, 2 * TOWER, trains=False, is_apart=True),
     ),
     itemsize=2,
-    head_bytes=2 * EMBEDDINGS,
+    head_elements=EMBEDDINGS,
+    sums_head=True,
     optimizer_states="float32",
 )
 TRAINED = EMBEDDINGS + SMALL + LARGE
@@ -50,17 +51,28 @@ def test_what_stays_by_hand() -> None:
 
 
 def test_what_passes_by_hand() -> None:
-    assert share_of(WEIGHTS, "ddp", 4).passing == Passing(head_bytes=2 * EMBEDDINGS)
+    head = {"head_bytes": 4 * EMBEDDINGS, "head_copy_bytes": 2 * EMBEDDINGS}
+    assert share_of(WEIGHTS, "ddp", 4).passing == Passing(**head)
     gathered = 2 * (EMBEDDINGS + 2 * LARGE)
     assert share_of(WEIGHTS, "fsdp", 4).passing == Passing(
         gathered_bytes=gathered,
         waiting_bytes=2 * EMBEDDINGS,
         layer_bytes=6 * LARGE,
         last_bytes=6 * EMBEDDINGS,
+        **head,
     )
-    buckets = Passing(head_bytes=2 * EMBEDDINGS, layer_bytes=6 * TRAINED, last_bytes=6 * EMBEDDINGS)
+    buckets = Passing(layer_bytes=6 * TRAINED, last_bytes=6 * EMBEDDINGS, **head)
     assert share_of(WEIGHTS, "zero2", 4).passing == buckets
-    assert share_of(WEIGHTS, "zero3", 4).passing == replace(buckets, gathered_bytes=gathered)
+    assert share_of(WEIGHTS, "zero3", 4).passing == replace(
+        buckets, gathered_bytes=gathered, head_bytes=2 * EMBEDDINGS, head_copy_bytes=0
+    )
+
+
+def test_a_heads_gradient_in_fp32_and_of_a_head_that_is_called_as_a_module() -> None:
+    wide = replace(WEIGHTS, itemsize=4)
+    assert share_of(wide, "ddp", 4).passing == Passing(head_bytes=4 * EMBEDDINGS)
+    called = replace(WEIGHTS, sums_head=False)
+    assert share_of(called, "ddp", 4).passing == Passing(head_bytes=2 * EMBEDDINGS)
 
 
 def test_buckets_and_live_weights_are_bounded() -> None:
