@@ -34,6 +34,8 @@ def compile_layers(model: PreTrainedModel, backend: str | Callable = "inductor")
     """
     # torch.compile is configured by these module attributes; it has no arguments for them.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VARIANTS)
+    # Scales of attention are constants; as symbols they make the compiler begin anew.
+    torch._dynamo.config.specialize_float = True
     # Else two lengths that happen to be equal at first are taken to be equal always.
     torch.fx.experimental._config.use_duck_shape = False
     for part in find_parts(model).values():
