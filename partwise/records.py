@@ -6,7 +6,7 @@ Shapes: T tokens of one example, B rows of a batch. Tensors live on the CPU unti
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -134,6 +134,16 @@ class Batch:
     pack: Pack | None = None
     pixels: PixelTable | None = None
 
+    def pin_memory(self) -> Batch:
+        """The same with its tensors in memory that a GPU copies from while it computes."""
+        return replace(self, **{f.name: _pin(getattr(self, f.name)) for f in fields(self)})
+
+
+def _pin(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _pin(one) for name, one in value.items()}
+    return value.pin_memory() if hasattr(value, "pin_memory") else value
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -168,6 +178,10 @@ class StepData:
         """Of all ranks."""
         mine = sum(batch.num_input_tokens for batch in self.batches)
         return self.totals.num_input_tokens if self.totals else mine
+
+    def pin_memory(self) -> StepData:
+        """Called by torch's DataLoader, in a thread of its own, where it is told to pin."""
+        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
 
     @property
     def rows(self) -> tuple[str, ...]:

@@ -152,6 +152,8 @@ def in_order(function: Callable[[int], Any], items: Sequence[int], num_workers: 
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=1,
+        # A copy from other memory makes the host wait for all that the GPU was asked before.
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # else it draws from the global one, which a resumed run must find alike
     )

@@ -103,7 +103,7 @@ def read_table(
         return None
     is_real = made.get(REAL_TILES, torch.ones(pixels.shape[:-3], dtype=torch.bool))
     real_RKhw, numbers_RKhw = pixels[is_real], numbers[is_real]
-    if any(len(channel.unique()) < 256 for channel in real_RKhw.unbind(1)):
+    if any((channel.flatten().bincount(minlength=256) == 0).any() for channel in real_RKhw.unbind(1)):
         return None
     values = torch.zeros(pixels.shape[-3], 256, dtype=numbers.dtype)
     for of_channel, channel, those in zip(values, real_RKhw.unbind(1), numbers_RKhw.unbind(1), strict=True):

@@ -2,7 +2,7 @@
 
 In: the optimizer around its update, then each logged step's metrics. Out: the share of exactly-zero gradients
 and the update-to-weight ratio per part, left on the device, and an Alarm the first time that a part stops
-learning, the loss jumps, or a projector hardly moves. Nothing here changes the training.
+learning, the loss jumps, a projector hardly moves, or steps wait for rows. Nothing here changes the training.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PROJECTOR_PATIENCE = 20
 COLLAPSED_GRADIENT = 1e-6  # of the part's own median
 COLLAPSED_UPDATE = 1e-3  # of the part's own median, per unit of learning rate
 STILL_PROJECTOR = 1e-3  # of the least update ratio of the other parts
+MOST_WAIT_FRACTION, LEAST_WAIT_SECONDS = 0.02, 0.01  # of a step and in it; less is not worth a process more
 SOLVED_LOSS = 1e-3  # below it, gradients vanish because nothing is left to learn
 
 
@@ -102,6 +103,7 @@ class Watch:
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.grad_norms: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY))
         self.updates: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY))
+        self.seconds: deque[tuple[float, float]] = deque(maxlen=2 * LEAST_HISTORY)  # waiting, and of the step
         self.in_a_row: Counter[tuple[str, str]] = Counter()
         self.told: set[tuple[str, str]] = set()
         for record in records:
@@ -117,7 +119,13 @@ class Watch:
         return new
 
     def _see(self, metrics: StepMetrics) -> list[Alarm]:
-        found = [*self._loss_spike(metrics), *self._stopped_parts(metrics), *self._still_projector(metrics)]
+        self.seconds.append((metrics.data_wait_seconds, metrics.step_seconds))
+        found = [
+            *self._loss_spike(metrics),
+            *self._stopped_parts(metrics),
+            *self._still_projector(metrics),
+            *self._waiting(),
+        ]
         self.losses.append(metrics.loss)
         for part, ratio in metrics.update_ratios.items():
             self.grad_norms[part].append(metrics.grad_norms[part])
@@ -169,6 +177,21 @@ class Watch:
                 f"projector trains, but hardly moves: its update-to-weight ratio is {mine:.3g}, the least of "
                 f"the other parts {min(others):.3g}, for {PROJECTOR_PATIENCE} logged steps now. Raise "
                 "parts.projector.learning_rate, or freeze it.",
+            )
+
+    def _waiting(self) -> Iterator[Alarm]:
+        if len(self.seconds) < 2 * LEAST_HISTORY:
+            return
+        # Without the longest wait: workers that start are waited for once. Else, some steps wait for all.
+        usual = sorted(self.seconds)[:-1]
+        waiting, whole = (statistics.mean(seconds) for seconds in zip(*usual, strict=True))
+        if waiting > max(MOST_WAIT_FRACTION * whole, LEAST_WAIT_SECONDS):
+            yield Alarm(
+                "waiting for rows",
+                "",
+                f"the last {len(self.seconds)} logged steps waited {waiting / whole:.0%} of their time for "
+                f"rows, {waiting:.2g} s each. Raise data.num_workers, as far as this machine has cores, or "
+                "scale large images down once.",
             )
 
     def _lasts(self, kind: str, part: str, holds: bool, patience: int) -> bool:

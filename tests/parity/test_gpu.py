@@ -106,6 +106,24 @@ def test_the_head_multiplies_16_bits_into_fp32(dtype, vocab_size, monkeypatch):
         assert error <= max(theirs.double().dist(right), 1e-5 * right.norm())
 
 
+@pytest.mark.parametrize("family", ["gemma3", "llava-next"])
+def test_pinned_bytes_become_the_processors_pixels(family, open_tiny):
+    """As they do on the CPU, without the host waiting for the copy."""
+    tiny = open_tiny(family, (1, 0, 2, 1))
+    batch = tiny.split([4]).batches[0].pin_memory()
+    assert batch.input_ids.is_pinned() and batch.media["pixel_values"].is_pinned()
+    expected = model_inputs(tiny.model, batch, torch.device("cpu"), torch.bfloat16)
+    model_inputs(tiny.model, batch, pick_device(), torch.bfloat16)  # the table is copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = model_inputs(tiny.model, batch, pick_device(), torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.keys() == expected.keys() and found["pixel_values"].dtype == torch.bfloat16
+    for name, tensor in expected.items():
+        assert not isinstance(tensor, torch.Tensor) or torch.equal(found[name].cpu(), tensor), name
+
+
 def train_in_shards(tiny, parts, device: torch.device, offload: bool, **settings: str):
     """Losses, norms and what is observed of three steps; the optimizer, and a proof of them; the weights."""
     plan, config = tiny.plan(parts, **settings)

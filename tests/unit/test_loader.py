@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader, refuse_empty
@@ -307,3 +308,41 @@ def test_a_scan_finds_answers_without_end_token(
     rows = write_rows(tmp_path / "rows.jsonl", ["what?", "and?"])
     assert scan_rows(rows, ChatFormat(processor, frozenset(), 64, "truncate")).num_open_answers == 2
     assert scan_rows(rows, text_format).num_open_answers == 0
+
+
+def test_steps_for_a_gpu_are_pinned(mixed_rows: Rows, chat_format: ChatFormat, monkeypatch) -> None:
+    """All tensors of all micro-batches."""
+    step_data = next(step for step in loader(mixed_rows, chat_format).iterate(0, 2) if has_images(step))
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    copied = step_data.pin_memory()
+    assert same_steps([copied], [step_data])
+    tensors = [t for b in copied.batches for t in (b.input_ids, b.labels, b.document_ids, *b.media.values())]
+    assert len(tensors) > 8
+    assert {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in pinned}
+
+
+def has_images(step: StepData) -> bool:
+    return any(batch.media for batch in step.batches)
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_loader_pins_where_there_is_a_gpu(
+    has_gpu: bool, text_rows: Rows, text_format: ChatFormat, monkeypatch
+) -> None:
+    """In a thread of torch's DataLoader, which cannot run without one: so it is only asked here."""
+    asked: list[bool] = []
+
+    def ask(*arguments, pin_memory: bool, **options) -> DataLoader:
+        asked.append(pin_memory)
+        return DataLoader(*arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("partwise.data.loader.DataLoader", ask)
+    next(loader(text_rows, text_format, num_workers=1).iterate(0, 1))
+    assert asked == [has_gpu]

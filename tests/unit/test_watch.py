@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -133,3 +133,26 @@ def test_a_resumed_run_knows_what_was_seen_and_said():
     said = {"step": 20, "warning": "projector still", "part": "projector", "message": ""}
     seen = [asdict(metrics) for metrics in steps[:25]]
     assert alarms(Watch([*seen, said]), steps[25:]) == []
+
+
+@pytest.mark.parametrize(
+    ("wait", "is_told"), [(0.09, True), (0.021, True), (0.019, False), (0.0, False)], ids=str
+)
+def test_steps_that_wait_for_rows_are_told_once(wait, is_told):
+    steps = [replace(make_metrics(s), step_seconds=1.0, data_wait_seconds=wait) for s in range(1, 40)]
+    assert alarms(Watch(), steps) == ([(20, "waiting for rows", "")] if is_told else [])
+
+
+def test_workers_that_start_are_waited_for_once_and_slow_ones_again_and_again():
+    """Of eight workers each prepares a whole step, so that every eighth step waits for all."""
+    for late, told in ({1}, []), ({1, 9, 17, 25, 33}, [(20, "waiting for rows", "")]):
+        steps = [
+            replace(make_metrics(s), step_seconds=1.0, data_wait_seconds=0.8 if s in late else 0.0)
+            for s in range(1, 40)
+        ]
+        assert alarms(Watch(), steps) == told
+
+
+def test_a_wait_of_milliseconds_is_nothing():
+    steps = [replace(make_metrics(s), step_seconds=0.02, data_wait_seconds=0.009) for s in range(1, 40)]
+    assert alarms(Watch(), steps) == []
