@@ -1,6 +1,6 @@
 """Partwise and its contenders on the same rows: how many tokens a second each trains, and in how much memory.
 
-`python -m benchmarks.speed OUT.jsonl` measures, `python -m benchmarks.speed.report` writes docs/performance.md.
+`python -m benchmarks.speed OUT.jsonl` measures; `python -m benchmarks.speed.report` writes the page.
 
   cells.py       what is measured: model shape, method, mixture of rows, rows per step, goal
   mixtures.py    seeded lengths: tokens, target tokens and images of every row

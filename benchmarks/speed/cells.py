@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.speed.mixtures import MIXTURES
 from benchmarks.step import GEMMA_3_4B
+from partwise.tiny.recipes import TEXT_SIZES, VISION_SIZES
 
 LORA_RANK = 16
 LLAMA_3_8B = {
@@ -24,10 +25,11 @@ LLAMA_3_8B = {
 # For tests: Gemma-3's structure at a size that a CPU trains in seconds.
 TINY = {
     "text": {
-        "num_hidden_layers": 2,
+        **TEXT_SIZES,
         "sliding_window": 64,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "vision": VISION_SIZES,
     "image_size": 56,
     "mm_tokens": 16,
 }
@@ -43,7 +45,7 @@ class Model:
 
     @property
     def sees_images(self) -> bool:
-        return "vision" in self.sizes or self.family == "gemma3"
+        return "vision" in self.sizes
 
 
 GEMMA = Model("Gemma-3-4B", "gemma3", GEMMA_3_4B)

@@ -1,4 +1,4 @@
-"""The fewest seconds that a step can take: the operations that its result needs, at the rate of a GPU's matrix units.
+"""The fewest seconds that a step can take: the operations that its result needs, at a GPU's own rate.
 
 Counted are matrix products alone, two operations for each multiply and add. Every weight of a decoder layer
 is used once in the forward pass, once to carry the gradient on, and once more where it trains itself.

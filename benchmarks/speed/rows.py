@@ -1,4 +1,4 @@
-"""A mixture as real rows: chat messages and pictures in one folder, in the order in which everyone reads them.
+"""A mixture as real rows: chat messages and pictures in one folder, in the order in which all read them.
 
 In: a model folder and a cell. Out: rows.jsonl for `partwise train` and samples.jsonl for its contenders: the
 same messages, with how many tokens and targets each has. Every word is one token, so lengths are exact: each

@@ -10,15 +10,16 @@ from benchmarks.speed.contenders.measure import main
 
 class LigerLoop(Loop):
     def adjust(self) -> None:
-        apply_liger(getattr(self.model, "base_model", self.model), self.job.cell.model.family)
+        # Below any adapters: its function looks at the family's own class.
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        apply_liger(model, self.job.cell.model.family)
 
 
 def apply_liger(model: nn.Module, family: str) -> None:
-    """Through Liger's own function for the family, on the opened model below any adapters."""
+    """Through Liger's own function for the family, on the opened model."""
     from liger_kernel.transformers import apply_liger_kernel_to_gemma3, apply_liger_kernel_to_llama
 
-    apply = {"gemma3": apply_liger_kernel_to_gemma3, "llama": apply_liger_kernel_to_llama}[family]
-    apply(model=getattr(model, "model", model) if type(model).__name__ == "LoraModel" else model)
+    {"gemma3": apply_liger_kernel_to_gemma3, "llama": apply_liger_kernel_to_llama}[family](model=model)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Whether a model that is about to train sees what its own mask lets it see: tried on it, not believed.
 
-In: the opened model, and a batch of one row. Out: true or false, and what was seen. Three things are changed, one at a
-time, and must reach exactly the positions that they should: the last token of an image must reach the first
-(Gemma-3's images are blocks that see each other), a later token must not reach an earlier one, and in a layer with a
-window a token must not reach beyond it.
+In: the opened model, and a batch of one row. Out: true or false, and what was seen. Three things are changed,
+one at a time, and must reach exactly the positions that they should: the last token of an image must reach
+the first (Gemma-3's images are blocks that see each other), a later token must not reach an earlier one, and
+in a layer with a window a token must not reach beyond it.
 """
 
 from __future__ import annotations

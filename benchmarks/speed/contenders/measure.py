@@ -1,4 +1,4 @@
-"""What all contenders share: the job they read, the search for their fastest setting, and the line they print.
+"""What all contenders share: the job they read, the search for their fastest setting, the line they print.
 
 A contender is a class that opens a job and has `run(setting, num_steps) -> steps`, each time from the first
 row on. `mask()` says whether its attention mask is the model's own. Nothing here touches how it trains.

@@ -1,4 +1,4 @@
-"""The model as a user of plain transformers and PEFT opens it for a method: weights, adapters, what trains."""
+"""The model as a user of plain transformers and PEFT opens it for a method, and its optimizer."""
 
 from __future__ import annotations
 

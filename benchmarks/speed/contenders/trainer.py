@@ -1,4 +1,4 @@
-"""What contenders with a transformers Trainer share: each step's tokens, seconds and loss, read by a callback.
+"""What contenders with a transformers Trainer share: a callback that reads tokens, seconds and loss of steps.
 
 Tokens are counted in a hook before the model's forward pass, from the attention mask that it is given.
 """
