@@ -153,21 +153,21 @@ def measure_one(contender: str, job: Job, lengths: list[Lengths]) -> dict[str, A
         "versions": versions,
     }
     start = time.monotonic()
-    found = run_contender(contender, job)
+    found = run_contender(contender, job, PATIENCE[contender])
     row["total_seconds"] = round(time.monotonic() - start, 1)
     if "error" in found:
         return row | found
     floor = sum(length.num_tokens for length in lengths) / floor_seconds(cell, lengths) * job.num_gpus
     fraction = {
-        "floor_fraction": round(found["tokens_per_second"] / floor, 4),
+        "floor_fraction": float(f"{found['tokens_per_second'] / floor:.4g}"),
         "floor_tokens_per_second": round(floor),
     }
     return row | found | fraction
 
 
-def run_contender(contender: str, job: Job) -> dict[str, Any]:
+def run_contender(contender: str, job: Job, patience: float) -> dict[str, Any]:
     """What the contender printed, or why it did not; with its time over, all its processes are stopped."""
-    seconds = job.seconds * PATIENCE[contender]
+    seconds = job.seconds * patience
     path = job.folder / f"{contender}.json"
     path.write_text(Job(**{**job.__dict__, "seconds": seconds}).to_json())
     command = [sys.executable, "-m", f"benchmarks.speed.contenders.{contender}", str(path)]
