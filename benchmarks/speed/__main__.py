@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,7 +86,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--gpus", nargs="+", type=int, default=[1], help="numbers of GPUs; above 1 Partwise alone"
     )
-    parser.add_argument("--num-workers", type=int, default=6, help="processes that prepare rows")
+    parser.add_argument(
+        "--num-workers", type=int, default=min(12, os.cpu_count() or 2), help="processes that prepare rows"
+    )
     parser.add_argument("--folder", type=Path, help="where models and rows are written for the time")
     return parser.parse_args()
 
@@ -169,7 +172,7 @@ def run_contender(contender: str, job: Job, patience: float) -> dict[str, Any]:
     """What the contender printed, or why it did not; with its time over, all its processes are stopped."""
     seconds = job.seconds * patience
     path = job.folder / f"{contender}.json"
-    path.write_text(Job(**{**job.__dict__, "seconds": seconds}).to_json())
+    path.write_text(replace(job, seconds=seconds, started=time.time()).to_json())
     command = [sys.executable, "-m", f"benchmarks.speed.contenders.{contender}", str(path)]
     environment = {**os.environ, **ENVIRONMENT, "UNSLOTH_COMPILE_LOCATION": str(job.folder / "compiled")}
     process = subprocess.Popen(

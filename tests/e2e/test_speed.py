@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from benchmarks.speed.cells import CELLS, TINY
 from benchmarks.speed.contenders import TITLES
 from benchmarks.speed.contenders.batch import Collate
 from benchmarks.speed.contenders.mask import probe_mask, window_is_kept
-from benchmarks.speed.contenders.measure import Clock, Job, Setting, Step, find_fastest
+from benchmarks.speed.contenders.measure import Clock, Job, Setting, Step, affordable_steps, find_fastest
 from benchmarks.speed.contenders.model import open_processor
 from benchmarks.speed.contenders.ours import write_config
 from benchmarks.speed.floor import PEAK_RATE, floor_seconds, floor_tokens_per_second, seen_pairs
@@ -137,25 +139,28 @@ class Pretender:
 
 
 def test_the_fastest_setting_is_found(job: Job) -> None:
-    large = Job("C8", job.base, job.folder, 2, 1, 1, (1, 2, 4, 8, 16, 48), seconds=60, num_workers=0)
-    pretender, first = Pretender(), []
-    best, tried = find_fastest(pretender, large, Clock(60), first)
-    assert best == Setting(4, True)
-    assert pretender.ran == [
-        Setting(1, False),
-        Setting(2, False),
-        Setting(4, False),
-        Setting(4, True),
-        Setting(8, True),
-    ]
-    assert [attempt["tokens_per_second"] for attempt in tried] == [10, 20, None, 30, 25]
-    assert first[0].loss == 1
+    large = replace(job, name="C8", micro_batches=(1, 2, 4, 8, 16, 48), started=time.time())
     pretender = Pretender()
-    assert find_fastest(pretender, large, Clock(0), [])[0] == Setting(1, False), "time is over after one"
+    best, tried, first = find_fastest(pretender, large, Clock(large))
+    assert best.setting == Setting(4, True)
+    order = [(4, False), (2, False), (4, True), (8, True)]
+    assert [attempt.setting for attempt in tried] == pretender.ran == [Setting(*pair) for pair in order]
+    assert [attempt.describe()["tokens_per_second"] for attempt in tried] == [None, 20, 30, 25]
+    assert first.loss == 2, "the first step that was finished"
+    late = replace(large, started=0.0)
+    found = find_fastest(Pretender(), late, Clock(late))
+    assert found[0].setting == Setting(2, False) and len(found[1]) == 2, "time was over once one fitted"
+
+
+def test_measured_steps_fit_the_time(job: Job) -> None:
+    job = replace(job, num_steps=15, num_warmup_steps=5, seconds=100, measure_until=0.5)
+    for elapsed, numbers in ((0, (5, 15)), (38, (2, 4)), (99, (1, 2))):
+        late = replace(job, started=time.time() - elapsed)
+        assert affordable_steps(late, Clock(late), step_seconds=1.9) == numbers
 
 
 def test_a_contender_that_fails_or_takes_too_long_says_so(job: Job) -> None:
-    row = command.measure_one("hf", Job(**{**job.__dict__, "seconds": 0.2}), [])
+    row = command.measure_one("hf", replace(job, seconds=0.2), [])
     assert row["error"] == "stopped after 0 seconds" and row["contender"] == "hf"
     assert "error" in command.run_contender("no_such_contender", job, patience=1.0)
 
@@ -163,7 +168,7 @@ def test_a_contender_that_fails_or_takes_too_long_says_so(job: Job) -> None:
 @pytest.mark.parametrize("name", CELLS)
 def test_our_settings_make_a_config(name: str, job: Job, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    cell_job = Job(**{**job.__dict__, "name": name})
+    cell_job = replace(job, name=name)
     path.write_text(json.dumps(write_config(cell_job)))
     assert load_config(path).train.global_batch_size == CELLS[name].rows_per_step
     assert set(FASTEST) == set(CELLS)

@@ -14,7 +14,7 @@ PATIENCE = {
     "hf_liger": 1.0,
     "trl": 1.0,
     "trl_liger": 1.0,
-    "unsloth": 4.0,
+    "unsloth": 5.0,
     "llama_factory": 1.5,
 }
 OURS = "ours"

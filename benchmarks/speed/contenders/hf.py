@@ -35,6 +35,7 @@ class Loop:
 
     def run(self, setting: Setting, num_steps: int) -> Iterator[Step]:
         switch_checkpointing(self.model, setting.gradient_checkpointing)
+        self.optimizer.zero_grad()  # what a run left that was out of memory
         steps = [self.micro_batches(step, setting.micro_batch_size) for step in range(num_steps)]
         batches = iter(self.load([rows for step in steps for rows in step]))
         start = time.perf_counter()

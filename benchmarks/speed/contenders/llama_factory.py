@@ -29,7 +29,7 @@ FROZEN = {
 
 
 class Prober(Meter):
-    """Probes the mask of the model that is about to train."""
+    """Probes the mask of the model that is about to train, too; nobody else gets hold of it."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -47,22 +47,17 @@ class LlamaFactory:
         self.precision = f"AdamW on {str(job.dtype).removeprefix('torch.')} weights"
 
     def run(self, setting: Setting, num_steps: int) -> Iterator[Step]:
-        meter = Meter()
-        self.train(setting, num_steps, meter)
-        yield from meter.steps()
-
-    def train(self, setting: Setting, num_steps: int, meter: Meter) -> None:
         settings = trainer_settings(self.job, setting, num_steps)
         # It has its own switch, and its own checkpointing behind it.
         del settings["gradient_checkpointing"]
         settings["disable_gradient_checkpointing"] = not setting.gradient_checkpointing
-        run_exp({**settings, **model_settings(self.job)}, callbacks=[meter])
+        self.prober = Prober(self.job)
+        run_exp({**settings, **model_settings(self.job)}, callbacks=[self.prober])
         shutil.rmtree(settings["output_dir"], ignore_errors=True)
+        yield from self.prober.steps()
 
     def mask(self) -> tuple[bool | None, str]:
-        prober = Prober(self.job)
-        self.train(Setting(min(self.job.micro_batches), True), 1, prober)
-        return prober.found
+        return self.prober.found
 
 
 def model_settings(job: Job) -> dict[str, Any]:

@@ -21,13 +21,15 @@ import torch
 
 from benchmarks.speed.cells import CELLS, Cell
 
-SLOWER = 0.98  # a larger micro-batch below this share of the best rate ends the search
+SLOWER = 0.98  # a larger micro-batch below this share of the last one's rate ends the search
+START = 4  # the micro-batch that the search begins with
 LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class Job:
-    """`seconds` are for all: at `sweep_until` of them the search ends, and before the end measuring does."""
+    """`seconds` are for all, from `started` on: at `sweep_until` of them the search ends, and measuring takes
+    as many steps as there is time for until `measure_until`."""
 
     name: str
     base: Path
@@ -39,8 +41,9 @@ class Job:
     seconds: float
     num_workers: int
     num_gpus: int = 1
+    started: float = 0.0
     sweep_until: float = 0.55
-    measure_until: float = 0.92
+    measure_until: float = 0.85
 
     @property
     def cell(self) -> Cell:
@@ -107,77 +110,92 @@ class Contender(Protocol):
 
 
 class Clock:
-    """Seconds since this process began to measure."""
+    """Seconds since the job was started, its process's own start included."""
 
-    def __init__(self, seconds: float) -> None:
-        self.start, self.seconds = time.monotonic(), seconds
+    def __init__(self, job: Job) -> None:
+        self.started, self.seconds = job.started, job.seconds
 
-    def is_past(self, fraction: float) -> bool:
-        return time.monotonic() - self.start > fraction * self.seconds
+    def left_until(self, fraction: float) -> float:
+        return self.started + fraction * self.seconds - time.time()
 
 
 def main(opens: Callable[[Job], Contender]) -> None:
     job = read_job(Path(sys.argv[1]))
-    clock = Clock(job.seconds)
+    clock = Clock(job)
     contender = opens(job)
-    right, reason = contender.mask()
-    first: list[Step] = []
-    best, tried = find_fastest(contender, job, clock, first)
+    best, tried, first = find_fastest(contender, job, clock)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    steps: list[Step] = []
-    for step in contender.run(best, job.total_steps):
-        steps.append(step)
-        if clock.is_past(job.measure_until) and len(steps) > job.num_warmup_steps:
-            break
+    num_warmup, num_steps = affordable_steps(job, clock, best.seconds)
+    steps = list(contender.run(best.setting, num_warmup + num_steps))
     row = {
-        "mask_is_right": right,
-        "mask_reason": reason,
         "precision": contender.precision,
-        **best._asdict(),
-        "tried": tried,
-        **describe_steps(steps[min(job.num_warmup_steps, len(steps) - 1) :]),
+        **best.setting._asdict(),
+        "tried": [attempt.describe() for attempt in tried],
+        **describe_steps(steps[num_warmup:]),
+        "num_warmup_steps": num_warmup,
         "peak_memory_bytes": peak_memory_bytes(),
-        "first_loss": round(first[0].loss, 5),
+        "first_loss": round(first.loss, 5),
         "last_loss": round(steps[-1].loss, 5),
     }
-    print(json.dumps(row), flush=True)
+    # Last, since a forward pass before the first step can disturb what a contender compiles.
+    right, reason = contender.mask()
+    print(json.dumps({"mask_is_right": right, "mask_reason": reason, **row}), flush=True)
 
 
-def find_fastest(
-    contender: Contender, job: Job, clock: Clock, first: list[Step]
-) -> tuple[Setting, list[dict[str, Any]]]:
-    """The fastest setting, and what was tried; `first` gets the very first step, of the untouched model.
+class Attempt(NamedTuple):
+    """Without steps where memory did not suffice; the first of them warms up."""
 
-    With checkpointing a micro-batch is slower than without, so that it begins where that ran out of memory.
+    setting: Setting
+    steps: list[Step]
+
+    @property
+    def rate(self) -> float:
+        return sum(step.num_tokens for step in self.steps[1:]) / sum(step.seconds for step in self.steps[1:])
+
+    @property
+    def seconds(self) -> float:
+        return max(step.seconds for step in self.steps[1:])
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.setting._asdict(), "tokens_per_second": round(self.rate) if self.steps else None}
+
+
+def find_fastest(contender: Contender, job: Job, clock: Clock) -> tuple[Attempt, list[Attempt], Step]:
+    """The fastest setting, all that were tried, and the very first step, of the untouched model.
+
+    Micro-batches double from START until one is slower or does not fit; where START does not, they halve.
+    With checkpointing a micro-batch is slower than without, so that only those are tried that did not fit.
     """
     sizes = [size for size in job.micro_batches if job.rows_per_step % size == 0]
-    tried: list[dict[str, Any]] = []
-    rates: dict[Setting, float] = {}
-    fits = 0
+    tried: list[Attempt] = []
+
+    def fits(size: int, checkpointing: bool) -> bool:
+        """Whether it fits and is no slower than the last that did; false, too, where the time is over."""
+        done = [attempt for attempt in tried if attempt.steps]
+        if done and clock.left_until(job.sweep_until) < 0:
+            return False
+        attempt = try_setting(contender, Setting(size, checkpointing), job.num_sweep_steps)
+        tried.append(attempt)
+        before = [other.rate for other in done if other.setting.gradient_checkpointing == checkpointing]
+        return bool(attempt.steps) and (not before or attempt.rate > SLOWER * before[-1])
+
     for checkpointing in (False, True):
-        for size in sizes:
-            if checkpointing and size <= fits:
-                continue
-            if rates and clock.is_past(job.sweep_until):
-                break
-            setting = Setting(size, checkpointing)
-            rate = try_setting(contender, setting, job.num_sweep_steps, first)
-            tried.append({**setting._asdict(), "tokens_per_second": rate and round(rate)})
-            if rate is None:
-                break
-            is_slower = bool(rates) and rate < SLOWER * max(rates.values())
-            rates[setting] = rate
-            fits = fits if checkpointing else size
-            if is_slower:
-                break
-    if not rates:
+        fitted = max((attempt.setting.micro_batch_size for attempt in tried if attempt.steps), default=0)
+        larger = [size for size in sizes if size > fitted]
+        upward = [size for size in larger if size >= START] or larger[-1:]
+        downward = [size for size in reversed(larger) if upward and size < upward[0]]
+        num_before = len(tried)
+        all(fits(size, checkpointing) for size in upward)
+        if len(tried) > num_before and not tried[num_before].steps:
+            any(fits(size, checkpointing) for size in downward)
+    done = [attempt for attempt in tried if attempt.steps]
+    if not done:
         raise MemoryError(f"out of memory with micro-batches of {sizes[0]}, with checkpointing, too")
-    return max(rates, key=lambda setting: rates[setting]), tried
+    return max(done, key=lambda attempt: attempt.rate), tried, done[0].steps[0]
 
 
-def try_setting(contender: Contender, setting: Setting, num_steps: int, first: list[Step]) -> float | None:
-    """Tokens per second after one step that warms up; None where memory does not suffice."""
+def try_setting(contender: Contender, setting: Setting, num_steps: int) -> Attempt:
     try:
         steps = list(contender.run(setting, num_steps + 1))
     except torch.OutOfMemoryError:
@@ -185,10 +203,15 @@ def try_setting(contender: Contender, setting: Setting, num_steps: int, first: l
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not steps:
-        return None
-    first.extend(steps[:1])
-    return sum(step.num_tokens for step in steps[1:]) / sum(step.seconds for step in steps[1:])
+    return Attempt(setting, steps)
+
+
+def affordable_steps(job: Job, clock: Clock, step_seconds: float) -> tuple[int, int]:
+    """Steps to warm up with and to measure: those of the job, or fewer where the time left is short."""
+    affordable = int(clock.left_until(job.measure_until) / step_seconds)
+    num_steps = max(3, min(job.total_steps, affordable))
+    num_warmup = min(job.num_warmup_steps, num_steps // 3)
+    return num_warmup, min(job.num_steps, num_steps - num_warmup)
 
 
 def describe_steps(steps: Sequence[Step]) -> dict[str, Any]:

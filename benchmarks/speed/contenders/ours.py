@@ -28,6 +28,8 @@ PRECISION = "AdamW on float32 masters"
 def main() -> None:
     job = read_job(Path(sys.argv[1]))
     config = write_config(job)
+    if job.cell.features_are_cached and "feature_cache" not in config["data"]:
+        sys.exit(f"cell {job.name}: settings.py keeps no features: data.feature_cache is not set there")
     path = job.folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "partwise.cli", "train", str(path)]
