@@ -144,10 +144,11 @@ def main(opens: Callable[[Job], Contender]) -> None:
 
 
 class Attempt(NamedTuple):
-    """Without steps where memory did not suffice; the first of them warms up."""
+    """Without steps where it failed; the first of them warms up."""
 
     setting: Setting
     steps: list[Step]
+    error: str = ""
 
     @property
     def rate(self) -> float:
@@ -158,7 +159,8 @@ class Attempt(NamedTuple):
         return max(step.seconds for step in self.steps[1:])
 
     def describe(self) -> dict[str, Any]:
-        return {**self.setting._asdict(), "tokens_per_second": round(self.rate) if self.steps else None}
+        found = {"tokens_per_second": round(self.rate)} if self.steps else {"error": self.error}
+        return {**self.setting._asdict(), **found}
 
 
 def find_fastest(contender: Contender, job: Job, clock: Clock) -> tuple[Attempt, list[Attempt], Step]:
@@ -191,19 +193,22 @@ def find_fastest(contender: Contender, job: Job, clock: Clock) -> tuple[Attempt,
             any(fits(size, checkpointing) for size in downward)
     done = [attempt for attempt in tried if attempt.steps]
     if not done:
-        raise MemoryError(f"out of memory with micro-batches of {sizes[0]}, with checkpointing, too")
+        raise SystemExit("; ".join(dict.fromkeys(attempt.error for attempt in tried)))
     return max(done, key=lambda attempt: attempt.rate), tried, done[0].steps[0]
 
 
 def try_setting(contender: Contender, setting: Setting, num_steps: int) -> Attempt:
+    """What fails is told with the row: some contenders can do one of two ways of checkpointing only."""
     try:
-        steps = list(contender.run(setting, num_steps + 1))
+        attempt = Attempt(setting, list(contender.run(setting, num_steps + 1)))
     except torch.OutOfMemoryError:
-        steps = []
+        attempt = Attempt(setting, [], "out of memory")
+    except Exception as error:
+        attempt = Attempt(setting, [], f"{type(error).__name__}: {str(error)[:200]}")
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return Attempt(setting, steps)
+    return attempt
 
 
 def affordable_steps(job: Job, clock: Clock, step_seconds: float) -> tuple[int, int]:

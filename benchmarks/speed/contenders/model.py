@@ -24,7 +24,7 @@ def open_model(job: Job, attention: str = "sdpa") -> nn.Module:
     if cell.method == "qlora":
         settings["quantization_config"] = four_bits(job.dtype)
     model = opens.from_pretrained(job.base, **settings)
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     model.requires_grad_(False)
     if cell.method in ("lora", "qlora"):
         model = add_adapters(model, within="language_model" if cell.model.sees_images else "layers")

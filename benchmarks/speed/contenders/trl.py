@@ -52,14 +52,14 @@ class Trl:
         return probe_first_row(self.job, self.model)
 
 
-def as_dataset(job: Job) -> Dataset:
-    """Conversations; images are decoded when they are read."""
+def as_dataset(job: Job, written: bool = False) -> Dataset:
+    """Conversations, or what the chat template makes of them; images are decoded when they are read."""
     rows: dict[str, list[Any]] = {"prompt": [], "completion": [], "images": []}
     for sample in job.samples():
         question, answer = sample["messages"]
         text = question["content"].removeprefix("<image>" * len(sample["images"]))
-        rows["prompt"].append([{"role": "user", "content": text}])
-        rows["completion"].append([answer])
+        rows["prompt"].append(sample["prompt"] if written else [{"role": "user", "content": text}])
+        rows["completion"].append(sample["completion"] if written else [answer])
         rows["images"].append(sample["images"])
     if not any(rows["images"]):
         del rows["images"]

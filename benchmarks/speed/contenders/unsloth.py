@@ -30,8 +30,9 @@ class Unsloth:
         if job.cell.method == "projector":
             raise SystemExit("Unsloth has no flag for the projector")
         self.model, self.processor = open_unsloth(job)
-        self.rows = as_dataset(job)
-        self.has_images = "images" in self.rows.column_names
+        self.has_images = any(sample["images"] for sample in job.samples())
+        # Its collator puts no images into conversations that do not name them; TRL's does.
+        self.rows = as_dataset(job, written=self.has_images)
         self.precision = (
             f"AdamW on {str(job.dtype).removeprefix('torch.')} weights, adapters as it keeps them"
         )
