@@ -1,4 +1,4 @@
-"""Usage: python -m benchmarks.speed OUT.jsonl [--cells C4 C3] [--contenders ours hf trl] [--time-limit 90]
+"""Usage: python -m benchmarks.speed OUT.jsonl [--cells C4 C3] [--contenders partwise hf] [--time-limit 90]
 
 Every cell is measured by one contender after the other, each in a fresh process, on the same rows. One JSON
 line per contender goes to OUT.jsonl at once; one that fails or is not installed says why. A model folder is
@@ -8,6 +8,7 @@ written once for each shape. Needs a GPU, but for the cells whose names begin wi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
     real = [name for name in CELLS if not name.startswith("tiny")]
     parser.add_argument("--cells", nargs="+", default=real, choices=list(CELLS))
     parser.add_argument(
-        "--contenders", nargs="+", default=[OURS, "hf", "hf_liger", "trl"], choices=list(PATIENCE)
+        "--contenders", nargs="+", default=[OURS, "hf", "hf-liger", "trl"], choices=list(PATIENCE)
     )
     parser.add_argument("--steps", type=int, default=15, help="measured steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before those")
@@ -120,6 +121,9 @@ def open_base(cell: Cell, folder: Path) -> Path:
     if not base.is_dir():
         if torch.cuda.is_available():
             write_model(base, cell.model.sizes, cell.model.family)
+            # This process keeps nothing on the GPU while contenders are there.
+            gc.collect()
+            torch.cuda.empty_cache()
         else:
             write_tiny(cell.model.family, base, **cell.model.sizes)
     return base
@@ -173,7 +177,7 @@ def run_contender(contender: str, job: Job, patience: float) -> dict[str, Any]:
     seconds = job.seconds * patience
     path = job.folder / f"{contender}.json"
     path.write_text(replace(job, seconds=seconds, started=time.time()).to_json())
-    command = [sys.executable, "-m", f"benchmarks.speed.contenders.{contender}", str(path)]
+    command = [sys.executable, "-m", f"benchmarks.speed.contenders.{contender.replace('-', '_')}", str(path)]
     environment = {**os.environ, **ENVIRONMENT, "UNSLOTH_COMPILE_LOCATION": str(job.folder / "compiled")}
     process = subprocess.Popen(
         command,

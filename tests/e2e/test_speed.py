@@ -22,7 +22,7 @@ from benchmarks.speed.contenders.batch import Collate
 from benchmarks.speed.contenders.mask import probe_mask, window_is_kept
 from benchmarks.speed.contenders.measure import Clock, Job, Setting, Step, affordable_steps, find_fastest
 from benchmarks.speed.contenders.model import open_processor
-from benchmarks.speed.contenders.ours import write_config
+from benchmarks.speed.contenders.partwise import write_config
 from benchmarks.speed.floor import PEAK_RATE, floor_seconds, floor_tokens_per_second, seen_pairs
 from benchmarks.speed.mixtures import MIXTURES, Lengths, draw_rows
 from benchmarks.speed.rows import write_rows
@@ -196,12 +196,12 @@ def row(contender: str, rate: int, cell: str = "C4", **changes: object) -> dict:
 
 def test_the_page_compares_with_the_fastest_right_mask() -> None:
     rows = [
-        row("ours", 3000),
-        row("ours", 9000, date="2025-12-31"),
+        row("partwise", 3000),
+        row("partwise", 9000, date="2025-12-31"),
         row("hf", 1000),
-        row("hf_liger", 1500),
-        row("hf_flash", 2500, mask_is_right=False, mask_reason="images are cut"),
-        row("ours", 6000, cell="C10"),
+        row("hf-liger", 1500),
+        row("hf-flash", 2500, mask_is_right=False, mask_reason="images are cut"),
+        row("partwise", 6000, cell="C10"),
         row("trl", 2000, hardware="another GPU"),
         row("hf", 1, date="2026-02-01", tokens_per_second=None, error="no | memory"),
         {**row("unsloth", 1), "error": "not | there"},
@@ -226,14 +226,16 @@ def test_the_page_is_what_the_rows_give() -> None:
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
-    report.draw([row("ours", 3000), row("hf", 1000), row("ours", 4000, cell="C1")], tmp_path / "plot.png")
+    report.draw(
+        [row("partwise", 3000), row("hf", 1000), row("partwise", 4000, cell="C1")], tmp_path / "plot.png"
+    )
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_contenders_train_the_same(environment: dict[str, str], tmp_path: Path) -> None:
     """A whole call on the CPU: the first losses of Partwise and of plain transformers are equal."""
     out = tmp_path / "rows.jsonl"
-    options = "--cells tiny --contenders ours hf --num-workers 0"
+    options = "--cells tiny --contenders partwise hf --num-workers 0"
     numbers = "--steps 2 --warmup 1 --sweep-steps 1 --micro-batches 2 --time-limit 200"
     call = [sys.executable, "-m", "benchmarks.speed", str(out), *options.split(), *numbers.split()]
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
