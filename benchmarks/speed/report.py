@@ -221,7 +221,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         ylabel="tokens per second", title=f"{hardware}; black: the floor; hatched: mask not known to be right"
     )
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=len(contenders))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
