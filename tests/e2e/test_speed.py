@@ -20,7 +20,16 @@ from benchmarks.speed.cells import CELLS, TINY
 from benchmarks.speed.contenders import TITLES
 from benchmarks.speed.contenders.batch import Collate
 from benchmarks.speed.contenders.mask import probe_mask, window_is_kept
-from benchmarks.speed.contenders.measure import Clock, Job, Setting, Step, affordable_steps, find_fastest
+from benchmarks.speed.contenders.measure import (
+    Attempt,
+    Clock,
+    Job,
+    Setting,
+    Step,
+    affordable_steps,
+    find_fastest,
+    measure,
+)
 from benchmarks.speed.contenders.model import open_processor
 from benchmarks.speed.contenders.partwise import write_config
 from benchmarks.speed.floor import PEAK_RATE, floor_seconds, floor_tokens_per_second, seen_pairs
@@ -141,16 +150,25 @@ class Pretender:
 def test_the_fastest_setting_is_found(job: Job) -> None:
     large = replace(job, name="C8", micro_batches=(1, 2, 4, 8, 16, 48), started=time.time())
     pretender = Pretender()
-    best, tried, first = find_fastest(pretender, large, Clock(large))
-    assert best.setting == Setting(4, True)
+    fitting, tried = find_fastest(pretender, large, Clock(large))
+    assert [attempt.setting for attempt in fitting] == [Setting(4, True), Setting(8, True), Setting(2, False)]
     order = [(4, False), (2, False), (4, True), (8, True)]
     assert [attempt.setting for attempt in tried] == pretender.ran == [Setting(*pair) for pair in order]
     assert [attempt.describe().get("tokens_per_second") for attempt in tried] == [None, 20, 30, 25]
     assert tried[0].describe()["error"] == "out of memory"
-    assert first.loss == 2, "the first step that was finished"
     late = replace(large, started=0.0)
     found = find_fastest(Pretender(), late, Clock(late))
-    assert found[0].setting == Setting(2, False) and len(found[1]) == 2, "time was over once one fitted"
+    assert found[0][0].setting == Setting(2, False) and len(found[1]) == 2, "time was over once one fitted"
+
+
+def test_a_setting_that_does_not_hold_out_gives_way_to_the_next(job: Job) -> None:
+    late = replace(job, started=time.time())
+    steps = [Step(10, 0.001, 1.0)] * 3
+    fitting = [Attempt(Setting(4, False), steps), Attempt(Setting(2, False), steps)]
+    found = measure(Pretender(), late, Clock(late), fitting)
+    assert found["micro_batch_size"] == 2 and found["runs"] == 2 and found["tokens_per_second"] == 20
+    with pytest.raises(SystemExit, match="out of memory"):
+        measure(Pretender(), late, Clock(late), fitting[:1])
 
 
 def test_measured_steps_fit_the_time(job: Job) -> None:

@@ -12,6 +12,7 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,24 +124,34 @@ def main(opens: Callable[[Job], Contender]) -> None:
     job = read_job(Path(sys.argv[1]))
     clock = Clock(job)
     contender = opens(job)
-    best, tried, first = find_fastest(contender, job, clock)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    num_warmup, num_steps = affordable_steps(job, clock, best.seconds)
-    steps = list(contender.run(best.setting, num_warmup + num_steps))
+    fitting, tried = find_fastest(contender, job, clock)
     row = {
         "precision": contender.precision,
-        **best.setting._asdict(),
+        **measure(contender, job, clock, fitting),
         "tried": [attempt.describe() for attempt in tried],
-        **describe_steps(steps[num_warmup:]),
-        "num_warmup_steps": num_warmup,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "first_loss": round(first.loss, 5),
-        "last_loss": round(steps[-1].loss, 5),
+        "first_loss": round(next(attempt for attempt in tried if attempt.steps).steps[0].loss, 5),
     }
     # Last, since a forward pass before the first step can disturb what a contender compiles.
     right, reason = contender.mask()
     print(json.dumps({"mask_is_right": right, "mask_reason": reason, **row}), flush=True)
+
+
+def measure(contender: Contender, job: Job, clock: Clock, fitting: Sequence[Attempt]) -> dict[str, Any]:
+    """The fastest of the settings that holds out: longer rows than those that were tried may come later."""
+    for attempt in fitting:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        num_warmup, num_steps = affordable_steps(job, clock, attempt.seconds)
+        measured = try_setting(contender, attempt.setting, num_warmup + num_steps)
+        if measured.steps:
+            return {
+                **attempt.setting._asdict(),
+                **describe_steps(measured.steps[num_warmup:]),
+                "num_warmup_steps": num_warmup,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "last_loss": round(measured.steps[-1].loss, 5),
+            }
+    raise SystemExit(f"no setting held out; the last one: {measured.error}")
 
 
 class Attempt(NamedTuple):
@@ -163,8 +174,8 @@ class Attempt(NamedTuple):
         return {**self.setting._asdict(), **found}
 
 
-def find_fastest(contender: Contender, job: Job, clock: Clock) -> tuple[Attempt, list[Attempt], Step]:
-    """The fastest setting, all that were tried, and the very first step, of the untouched model.
+def find_fastest(contender: Contender, job: Job, clock: Clock) -> tuple[list[Attempt], list[Attempt]]:
+    """The settings that fit, the fastest first, and all that were tried, in their order.
 
     Micro-batches double from START until one is slower or does not fit; where START does not, they halve.
     With checkpointing a micro-batch is slower than without, so that only those are tried that did not fit.
@@ -177,7 +188,7 @@ def find_fastest(contender: Contender, job: Job, clock: Clock) -> tuple[Attempt,
         done = [attempt for attempt in tried if attempt.steps]
         if done and clock.left_until(job.sweep_until) < 0:
             return False
-        attempt = try_setting(contender, Setting(size, checkpointing), job.num_sweep_steps)
+        attempt = try_setting(contender, Setting(size, checkpointing), job.num_sweep_steps + 1)
         tried.append(attempt)
         before = [other.rate for other in done if other.setting.gradient_checkpointing == checkpointing]
         return bool(attempt.steps) and (not before or attempt.rate > SLOWER * before[-1])
@@ -194,16 +205,17 @@ def find_fastest(contender: Contender, job: Job, clock: Clock) -> tuple[Attempt,
     done = [attempt for attempt in tried if attempt.steps]
     if not done:
         raise SystemExit("; ".join(dict.fromkeys(attempt.error for attempt in tried)))
-    return max(done, key=lambda attempt: attempt.rate), tried, done[0].steps[0]
+    return sorted(done, key=lambda attempt: -attempt.rate), tried
 
 
 def try_setting(contender: Contender, setting: Setting, num_steps: int) -> Attempt:
     """What fails is told with the row: some contenders can do one of two ways of checkpointing only."""
     try:
-        attempt = Attempt(setting, list(contender.run(setting, num_steps + 1)))
+        attempt = Attempt(setting, list(contender.run(setting, num_steps)))
     except torch.OutOfMemoryError:
         attempt = Attempt(setting, [], "out of memory")
     except Exception as error:
+        traceback.print_exc()
         attempt = Attempt(setting, [], f"{type(error).__name__}: {str(error)[:200]}")
     gc.collect()
     if torch.cuda.is_available():
