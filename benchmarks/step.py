@@ -108,11 +108,11 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def write_model(folder: Path, shape: dict | None = None) -> None:
+def write_model(folder: Path, shape: dict | None = None, family: str = "gemma3") -> None:
     """Gemma-3-4B's shape, or another, with random bfloat16 weights, made on the GPU."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        write_tiny("gemma3", folder, **(shape or GEMMA_3_4B))
+        write_tiny(family, folder, **(shape or GEMMA_3_4B))
     torch.set_default_dtype(torch.float32)
     torch.cuda.empty_cache()
 
