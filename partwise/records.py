@@ -70,7 +70,8 @@ class Example:
     `labels` (T,) are unshifted: labels[t] is input_ids[t] or IGNORE_INDEX, and labels[0] is always
     IGNORE_INDEX. `token_fields` are other per-token inputs of the model, each (T,), such as Gemma-3's
     token_type_ids. `media` are the model's image inputs as its processor made them, first axis images or
-    patches.
+    patches. Where they are kept features, an example that another process is asked about has its `pixels`,
+    too: the image inputs of the whole model.
     """
 
     input_ids: torch.Tensor
@@ -80,6 +81,7 @@ class Example:
     num_target_tokens: int
     source: str
     row: int
+    pixels: dict[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

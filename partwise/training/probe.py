@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,8 +100,15 @@ def first_example(loader: StepLoader, conversations: Sequence[Conversation]) -> 
         except DataError:
             continue
         if not isinstance(example, Dropped):
-            return truncate(example, max(MAX_TOKENS, encoded.images_end))
+            example = truncate(example, max(MAX_TOKENS, encoded.images_end))
+            return with_pixels(loader, conversation, example) if loader.chat_format.features else example
     return None
+
+
+def with_pixels(loader: StepLoader, conversation: Conversation, example: Example) -> Example:
+    """The example of kept features with what a model that has its tower takes instead."""
+    whole = loader.chat_format.with_pixels.encode(conversation).example
+    return replace(example, pixels=whole.media)
 
 
 def take_probe(
@@ -124,7 +132,7 @@ def take_probe(
             batch = collate([example], pad_token_id)
             inputs = model_inputs(model, batch, torch.device("cpu"), loaded.dtype)
             row = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-            rows.append(row)
+            rows.append({**row, **(example.pixels or {})})
             if engine.shards_weights:
                 inputs = model_inputs(model, batch, engine.device, loaded.dtype)
                 logits.append(engine.logits(model, inputs)[0, -NUM_LOGITS:].float().cpu())
