@@ -117,6 +117,11 @@ def lacks_tower(model: nn.Module) -> bool:
     return any(isinstance(module, CachedTower) for module in model.modules())
 
 
+def attention_setting(model: nn.Module, implementation: str) -> str | dict[str, str]:
+    """What set_attn_implementation is told, which warns of the config of a tower that is not there."""
+    return {"text_config": implementation} if lacks_tower(model) else implementation
+
+
 def read_tower(
     folder: Path, model: PreTrainedModel, cut: Cut, dtype: torch.dtype, attention: str
 ) -> PreTrainedModel:

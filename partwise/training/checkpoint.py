@@ -250,7 +250,7 @@ def write_model(
             metadata={"format": "pt"},
         )
         adapter_config(plan, loaded.name).save_pretrained(folder)
-    elif state.keys() != state_names(loaded.model):
+    elif lacks_tower(loaded.model) or state.keys() != state_names(loaded.model):
         with_base_weights(loaded, state).save_pretrained(folder)
     else:
         loaded.model.save_pretrained(folder, state_dict=dict(state))

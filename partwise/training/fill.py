@@ -198,7 +198,7 @@ def tell_end(job: Job, num_images: int, filled: list[Filled], seconds: float, co
         rows = job.config.train.global_batch_size / job.ranks.size
         step = each * rows * num_images / len(all_rows(job))
         text += (
-            f" in {format_seconds(seconds)}, {format_bytes(num_bytes)}. The tower took {format_seconds(each)} "
-            f"for an image: a step is spared about {format_seconds(step)}"
+            f" in {format_seconds(seconds)}, {format_bytes(num_bytes)}; the tower took "
+            f"{format_seconds(each)} for an image, which spares a step about {format_seconds(step)}"
         )
     console.print(text)

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# What a config says of where it was written, not of what its model computes.
+PROVENANCE = frozenset({"architectures", "dtype", "transformers_version", "_name_or_path"})
+
 
 class Job:
     """One config's pieces. Errors of the user surface where the piece is first asked for.
@@ -141,8 +144,8 @@ class Job:
         if cut is None:
             where, kind = self.config.where("data.feature_cache"), self.empty_model.config.model_type
             raise ConfigError(
-                f"{where}: data.feature_cache: features of {kind} cannot be kept: its vision tower is not known "
-                f"to end before its projector, as those of {', '.join(CACHED_TYPES)} do. Remove this."
+                f"{where}: data.feature_cache: features of {kind} cannot be kept: its vision tower is not "
+                f"known to end before its projector, as those of {', '.join(CACHED_TYPES)} do. Remove this."
             )
         return cut
 
@@ -152,14 +155,14 @@ class Job:
         root, cut, model = self.config.data.feature_cache, self.cut, self.empty_model
         if root is None or cut is None:
             return None
-        weights = weights_fingerprint(weight_files(self.model_folder), model, {"vision_tower"}).parts
-        processor = self.processor.image_processor
+        weights = weights_fingerprint(weight_files(self.model_folder), model, {"vision_tower"})
+        vision_config = model.get_submodule(cut.path).config.to_dict()
         made_by = {
-            "model": self.config.model.path,
-            "vision_tower": weights,
-            "vision_config": model.get_submodule(cut.path).config.to_dict(),
+            **weights.parts,
+            "vision_config": {k: v for k, v in vision_config.items() if k not in PROVENANCE},
             "cut": asdict(cut),
-            "processor": {**processor.to_dict(), "called_with": self.processor.images_kwargs},
+            "processor": type(self.processor).__name__,
+            "image_processor": self.processor.image_processor.to_dict(),
             "dtype": self.config.model.dtype,
             "transformers": version("transformers"),
         }
