@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from partwise.errors import CheckpointError
-from partwise.families import CACHED_TYPES, FEATURES_FROM_HIDDEN_STATES, TOWER_ENDS
+from partwise.families import CACHED_TYPES, TOWER_ENDS
+from partwise.model.dead import feature_layers
 from partwise.model.find import contains, find_parts, shorten
 from partwise.model.folder import as_checkpoint_error, weight_files
 from partwise.model.names import name_finder
@@ -85,11 +86,7 @@ def find_cut(model: PreTrainedModel) -> Cut | None:
     kernel = model.base_model.get_submodule(pool).kernel_size if pool else 1
     if kernel & (kernel - 1):
         kernel = 1  # a sum of so many would not divide exactly: all patches are kept
-    layers = ()
-    if model.config.model_type in FEATURES_FROM_HIDDEN_STATES:
-        setting = model.config.vision_feature_layer
-        layers = (setting,) if isinstance(setting, int) else tuple(setting)
-    return Cut(path, layers, kernel)
+    return Cut(path, feature_layers(model), kernel)
 
 
 class CachedTower(nn.Module):
