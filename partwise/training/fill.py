@@ -20,7 +20,7 @@ from torch import Tensor
 from partwise.data.features import PIXELS, FeatureStore, StoredImage, known_image, process_image
 from partwise.data.images import decode_picture
 from partwise.data.loader import in_order
-from partwise.data.rows import count_images, row_name
+from partwise.data.rows import row_name
 from partwise.data.sources import Rows
 from partwise.model.tower import Cut, read_tower
 from partwise.records import Conversation
@@ -185,14 +185,14 @@ def told(
         if now - last > LINE_SECONDS:
             last, left = now, (now - start) / done * (num_rows - done)
             console.print(
-                f"row {done:,}/{num_rows:,}  {filled.num_made:,} of {count_images(filled.num_images)} made  "
+                f"row {done:,}/{num_rows:,}  {filled.num_made:,} of {filled.num_images:,} images made  "
                 f"{filled.num_made / (now - start):.1f} images/s  left {format_seconds(left)}"
             )
 
 
 def tell_end(job: Job, num_images: int, filled: list[Filled], seconds: float, console: Console) -> None:
     num_made, num_bytes = sum(f.num_made for f in filled), sum(f.num_bytes for f in filled)
-    text = f"features of {count_images(num_images)} are in the cache; {num_made:,} were made"
+    text = f"features of {num_images:,} images are in the cache; {num_made:,} were made"
     if num_made:
         each = sum(f.tower_seconds for f in filled) / num_made
         rows = job.config.train.global_batch_size / job.ranks.size
