@@ -350,6 +350,15 @@ def test_a_type_whose_projector_is_in_the_tower_is_refused(make_job: MakeJob) ->
         fill_cache(job, QUIET)
 
 
+def test_a_tower_that_takes_all_images_as_one_has_no_cut() -> None:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+
+    vision = PixtralVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    config = LlavaConfig(vision_config=vision, vision_feature_layer=-1)
+    with torch.device("meta"):
+        assert find_cut(LlavaForConditionalGeneration(config)) is None
+
+
 def test_check_says_what_is_there_and_what_it_will_take(make_job: MakeJob) -> None:
     context = Context(make_job(only_looks=True))
     assert context.job.features is None  # the tower runs where nobody fills the cache
