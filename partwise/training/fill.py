@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +46,7 @@ class NewImage:
 
 @dataclass
 class Filled:
-    """What a fill found and made. `tower_seconds` are those of the tower, for `num_made` images."""
+    """What a rank found and made. `tower_seconds` are those of the tower, for `num_made` images."""
 
     num_images: int = 0
     num_made: int = 0
@@ -77,15 +77,22 @@ class RowImages:
 
 
 class TowerRun:
-    """The tower on its device, and the store that what it makes goes to."""
+    """The tower, opened for the first image, and the store that what it makes goes to."""
 
-    def __init__(self, tower: PreTrainedModel, cut: Cut, store: FeatureStore, filled: Filled) -> None:
-        self.tower = tower
+    def __init__(self, job: Job, cut: Cut, store: FeatureStore, filled: Filled) -> None:
+        self.job = job
         self.cut = cut
         self.store = store
         self.filled = filled
         self.waiting: list[NewImage] = []
         self.num_tiles = 0
+
+    @cached_property
+    def tower(self) -> PreTrainedModel:
+        job, settings = self.job, self.job.config.model
+        dtype = getattr(torch, settings.dtype)
+        tower = read_tower(job.model_folder, job.empty_model, self.cut, dtype, settings.attention)
+        return tower.to(job.device)
 
     def add(self, image: NewImage) -> None:
         """Raises: TrainingError: the disk refuses."""
@@ -135,38 +142,31 @@ def fill_cache(job: Job, console: Console, again: bool = False) -> None:
         return
     if not again and job.ranks.from_first(store.has_all(job.data_fingerprint)):
         return
-    start, filled = time.monotonic(), Filled()
-    rows = all_rows(job)
-    mine = range(job.ranks.rank, len(rows), job.ranks.size)
-    settings = job.config.model
-    dtype = getattr(torch, settings.dtype)
+    start = time.monotonic()
     store.sweep()
-    console.print(f"features of the images of {len(rows):,} rows, in {store.folder}")
-    run = None
-    seen: set[str] = set()
+    console.print(f"features of the images of {len(all_rows(job)):,} rows, in {store.folder}")
+    shares = job.ranks.gather(fill_share(job, store, cut, console))
+    if job.ranks.is_first:
+        num_images = len(set().union(*(keys for keys, _ in shares)))
+        store.describe(num_images, job.data_fingerprint)
+        tell_end(job, num_images, [filled for _, filled in shares], time.monotonic() - start, console)
+    job.ranks.barrier()
+
+
+def fill_share(job: Job, store: FeatureStore, cut: Cut, console: Console) -> tuple[set[str], Filled]:
+    """Make what is missing of this rank's rows; the keys of their images, and what was made."""
+    rows, filled, keys = all_rows(job), Filled(), set[str]()
+    run = TowerRun(job, cut, store, filled)
+    mine = range(job.ranks.rank, len(rows), job.ranks.size)
     images = in_order(RowImages(rows, store, job.processor), mine, job.config.data.num_workers)
     for found in told(images, len(mine), filled, console):
         for image in found:
-            key = image if isinstance(image, str) else image.key
-            if key in seen:
-                continue
-            seen.add(key)
-            filled.num_images += 1
-            if isinstance(image, str):
-                continue
-            if run is None:
-                folder = Path(job.model_folder)
-                tower = read_tower(folder, job.empty_model, cut, dtype, settings.attention)
-                run = TowerRun(tower.to(job.device), cut, store, filled)
-            run.add(image)
-    if run is not None:
-        run.flush()
-    every = job.ranks.gather((seen, filled))
-    if job.ranks.is_first:
-        num_images = len(set().union(*(keys for keys, _ in every)))
-        store.describe(num_images, job.data_fingerprint)
-        tell_end(job, num_images, [each for _, each in every], time.monotonic() - start, console)
-    job.ranks.barrier()
+            if isinstance(image, NewImage) and image.key not in keys:
+                run.add(image)
+            keys.add(image.key if isinstance(image, NewImage) else image)
+        filled.num_images = len(keys)
+    run.flush()
+    return keys, filled
 
 
 def all_rows(job: Job) -> Rows:

@@ -102,6 +102,20 @@ def test_cache_says_what_it_did_and_keeps_it(run_cli: Callable, make_config: Cal
     assert "0 were made" in run_cli("cache", config, f"model.path={final}").out
 
 
+def test_ranks_fill_a_share_each_and_train_as_one(
+    run_cli: Callable, make_config: Callable, environment: dict[str, str], tmp_path: Path
+) -> None:
+    parts = {"train__steps": 3, "train__save_every": None}
+    alone, together = (make_config(name, **parts) for name in ("alone", "together"))
+    command = [sys.executable, "-m", "partwise.cli", "train", together, "--num-processes", "2", "engine=fsdp"]
+    process = start(command, environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "features of 200 images are in the cache; 200 were made" in out
+    assert run_cli("train", alone).code == 0
+    assert losses(together.parent / "run") == pytest.approx(losses(alone.parent / "run"), rel=1e-5)
+
+
 def test_cache_without_a_folder_is_refused(run_cli: Callable, make_config: Callable) -> None:
     done = run_cli("cache", make_config("run", plain=True))
     assert done.code == 1
