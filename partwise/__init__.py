@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from partwise.export.folder import export_runs as export_runs
     from partwise.model.find import find_parts as find_parts
     from partwise.model.load import load_model as load_model
+    from partwise.run import cache as cache
     from partwise.run import check as check
     from partwise.run import train as train
     from partwise.serve.chat import answer as answer
@@ -46,6 +47,7 @@ _HOMES = {
     "StoppedError": "partwise.errors",
     "UserError": "partwise.errors",
     "answer": "partwise.serve.chat",
+    "cache": "partwise.run",
     "check": "partwise.run",
     "export_runs": "partwise.export.folder",
     "find_parts": "partwise.model.find",

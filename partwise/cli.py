@@ -139,6 +139,17 @@ def check(
 
 
 @app.command()
+def cache(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Keep what the frozen vision tower makes of every image, so that training runs without it."""
+    with quick_imports():
+        from partwise import run
+        from partwise.config import load_config
+
+    settings = load_config(config, overrides or [])
+    console().print(f"filled {run.cache(settings, console())}")
+
+
+@app.command()
 def parts(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, or a config file.")],
     trust_remote_code: TrustRemoteCode = False,

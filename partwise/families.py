@@ -81,6 +81,11 @@ FAMILIES: dict[str, Family] = {
 # layers after it never get a gradient.
 FEATURES_FROM_HIDDEN_STATES = frozenset({"llava", "llava_next", "llava_next_video", "llava_onevision"})
 
+# Types whose tower ends where the projector begins, so that features can be kept between them
+# (model/tower.py): what a type's projector averages the patches with, by path, or "" where it does not. In
+# others, such as qwen2_vl, the projector is a part of the tower. Held by tests/parity/test_features.py.
+CACHED_TYPES = {"gemma3": "multi_modal_projector.avg_pool", "llava": "", "llava_next": ""}
+
 
 @dataclass(frozen=True)
 class TowerEnd:

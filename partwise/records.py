@@ -78,7 +78,8 @@ class Example:
     `labels` (T,) are unshifted: labels[t] is input_ids[t] or IGNORE_INDEX, and labels[0] is always
     IGNORE_INDEX. `token_fields` are other per-token inputs of the model, each (T,), such as Gemma-3's
     token_type_ids. `media` are the model's image inputs as its processor made them, first axis images or
-    patches; with `pixels`, a table, its pixels are in 8 bits.
+    patches; with `pixels`, a table, its pixels are in 8 bits. Where they are kept features, an example that
+    another process is asked about has its `image_inputs`, too: those of the whole model.
     """
 
     input_ids: torch.Tensor
@@ -89,6 +90,7 @@ class Example:
     source: str
     row: int
     pixels: PixelTable | None = None
+    image_inputs: dict[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

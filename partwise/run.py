@@ -35,6 +35,7 @@ from partwise.preflight.resume import find_start
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
 from partwise.training.checkpoint import model_state, save_final, torn_checkpoints
+from partwise.training.fill import fill_cache
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
@@ -70,7 +71,7 @@ def check(
     cheap, dear = select_checks(only, skip)
     number = choose_num_processes(config.engine, num_processes)
     engine = resolve_engine(config.engine, number)
-    context = Context(Job(config), None if full else CHECKED_ROWS, engine, number)
+    context = Context(Job(config, only_looks=True), None if full else CHECKED_ROWS, engine, number)
     findings = collect_findings(context, cheap)
     if not has_errors(findings):
         show_plan(context.job, console)
@@ -82,6 +83,23 @@ def check(
         write_report(report, findings)
     console.print(findings_text(findings), end="")
     return findings
+
+
+def cache(config: Config, console: Console | None = None) -> Path:
+    """Fill the feature cache that the config names with all images of its rows; the folder with them.
+
+    What is there is read and checked, and made again where it is damaged.
+
+    Raises:
+        ConfigError: the config names none, or the model's features cannot be kept.
+        DataError: a row or an image cannot be used.
+        TrainingError: the disk refuses.
+    """
+    job = Job(config)
+    if job.store is None:
+        raise ConfigError("there is no data.feature_cache. Name a folder: data.feature_cache=FOLDER.")
+    fill_cache(job, console or Console(quiet=True), again=True)
+    return job.store.folder
 
 
 def train(
@@ -110,7 +128,11 @@ def train_with(engine: Engine, config: Config, resume: bool, console: Console | 
     ranks = engine.ranks
     console = (console if ranks.is_first else None) or Console(quiet=True)
     job, folder = Job(config, ranks), Path(config.output)
-    start = prepare(job, engine, folder, resume, console) if ranks.is_first else None
+    start = None
+    if ranks.is_first:
+        start = prepare(job, engine, folder, resume, console)
+    else:
+        fill_cache(job, console)
     checkpoint, manifest, share = ranks.from_first(
         start and (start.checkpoint, start.manifest, start.recomputed_share)
     )
@@ -185,6 +207,10 @@ def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Conso
     show_plan(job, console)
     if engine.ranks.size > 1:
         console.print(f"engine {engine.name} on {engine.ranks.size} processes")
+    if job.config.data.feature_cache is not None:
+        if has_errors(findings):
+            refuse_errors(findings, console)
+        fill_cache(job, console)
     fits = not engine.shards_weights or fits_alone(context)
     findings += [finding for check in MODEL_CHECKS if fits for finding in check(context)]
     if not fits:

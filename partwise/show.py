@@ -135,14 +135,15 @@ def print_preview(config: Config, row: int, console: Console) -> None:
     job = Job(config)
     require_rows(job, [row])
     conversation = job.rows[row]
-    example = job.chat_format(conversation)
+    example = job.pixel_format(conversation)
     if isinstance(example, Dropped):
         raise DataError(
             f"{row_name(conversation.source, conversation.row)}: training drops this row: {example.reason} "
             f"at data.max_seq_len {config.data.max_seq_len}. Raise the limit to see it."
         )
     console.print(
-        preview_example(job.processor, conversation, example, job.chat_format.media_token_ids), soft_wrap=True
+        preview_example(job.processor, conversation, example, job.pixel_format.media_token_ids),
+        soft_wrap=True,
     )
 
 
@@ -157,7 +158,7 @@ def write_preview(config: Config, rows: Sequence[int], path: Path) -> None:
     require_rows(job, rows)
     shown = rows or range(min(PAGE_ROWS, len(job.rows)))
     title = f"{', '.join(config.data.train_files)}: {len(shown)} of {len(job.rows):,} rows"
-    page = preview_page(title, [read_page_row(job.rows, job.chat_format, row) for row in shown])
+    page = preview_page(title, [read_page_row(job.rows, job.pixel_format, row) for row in shown])
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -64,6 +64,25 @@ def check_engine(engine: str, parts: PartsConfig, train: TrainConfig) -> Iterato
         )
 
 
+def check_features(data: DataConfig, parts: PartsConfig) -> Iterator[Fault]:
+    tower = parts.settings("vision_tower")
+    if data.feature_cache is None or tower is None:
+        return
+    if tower.mode != "frozen":
+        yield Fault(
+            "data.feature_cache",
+            f"data.feature_cache: {data.feature_cache} beside parts.vision_tower.mode: {tower.mode}: what a "
+            "tower makes of an image changes while it trains, so it cannot be kept. Freeze the tower, or "
+            "remove this.",
+        )
+    elif tower.quantization:
+        yield Fault(
+            "parts.vision_tower.quantization",
+            f"parts.vision_tower.quantization: {tower.quantization} beside data.feature_cache: the tower as "
+            "its folder has it makes the features, and no step holds it. Remove the quantization.",
+        )
+
+
 def check_evaluation(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
     if train.eval_every is not None and data.eval is None:
         yield Fault(

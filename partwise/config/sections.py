@@ -130,6 +130,12 @@ class DataConfig(Section):
         "tokens, instead of padded rows. Default: wherever the model's attention mask is known exactly and "
         "no vision tower trains; true is an error where it is not known.",
     )
+    feature_cache: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder that keeps what a frozen vision tower makes of each image, so that it runs once "
+        "for each and no step holds it.",
+    )
     num_workers: int = Field(
         2,
         ge=0,

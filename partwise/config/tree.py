@@ -31,7 +31,14 @@ from partwise.config.flags import (
     deciding_flag,
     expand_flags,
 )
-from partwise.config.rules import check_adapter, check_engine, check_evaluation, check_parts, check_train
+from partwise.config.rules import (
+    check_adapter,
+    check_engine,
+    check_evaluation,
+    check_features,
+    check_parts,
+    check_train,
+)
 from partwise.config.sections import (
     TAGS,
     DataConfig,
@@ -167,6 +174,7 @@ def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> 
         *check_adapter(config.model, config.parts),
         *check_engine(config.engine, config.parts, config.train),
         *check_evaluation(config.train, config.data),
+        *check_features(config.data, config.parts),
     ]
     return config
 

@@ -10,6 +10,7 @@ A token is a label if it holds any character of a trained answer: " red" after "
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import BatchFeature
 
+from partwise.data.features import FeatureStore, StoredImage, run_stored
 from partwise.data.images import Picture, decode_picture
 from partwise.data.pixels import PIXELS, find_pixel_table, processor_options, to_bytes
 from partwise.data.rows import row_name
@@ -42,14 +44,20 @@ class Encoded:
 class ChatFormat:
     """Turns Conversations into Examples of at most `max_seq_len` tokens. May be sent to other processes.
 
-    `media_token_ids` stand for media in the ids and are never labels.
+    `media_token_ids` stand for media in the ids and are never labels. With `features`, an example has those
+    of its images, which are not even decoded.
 
     Raises:
         ConfigError: the model has no chat template, or its tokenizer cannot tell where its tokens stand.
     """
 
     def __init__(
-        self, processor: Any, media_token_ids: frozenset[int], max_seq_len: int, overlong: Overlong
+        self,
+        processor: Any,
+        media_token_ids: frozenset[int],
+        max_seq_len: int,
+        overlong: Overlong,
+        features: FeatureStore | None = None,
     ) -> None:
         chat_template(processor)
         if not tokenizer_of(processor).is_fast:
@@ -61,9 +69,17 @@ class ChatFormat:
         self.media_token_ids = media_token_ids
         self.max_seq_len = max_seq_len
         self.overlong = overlong
+        self.features = features
         self.control = control_pattern(processor)
         self.special_tokens = special_tokens(processor)
         self.pixels = find_pixel_table(processor)
+
+    @property
+    def with_pixels(self) -> ChatFormat:
+        """The same, of whose examples a whole model can be asked."""
+        other = copy.copy(self)
+        other.features = None
+        return other
 
     def __call__(self, conversation: Conversation) -> Example | Dropped:
         """The example, or why the row gives none.
@@ -80,7 +96,18 @@ class ChatFormat:
             DataError: an image cannot be read, the chat template or the processor refuses the row, or a text
                 holds one of the model's control tokens.
         """
-        return self.encode_rendered(conversation, self.render(conversation), read_pictures(conversation))
+        return self.encode_rendered(conversation, self.render(conversation), self.read_images(conversation))
+
+    def read_images(self, conversation: Conversation) -> Sequence[Picture] | Sequence[StoredImage]:
+        """The conversation's images, decoded, or what is kept of them.
+
+        Raises:
+            DataError: one is missing, broken or too large, or nothing is kept of it.
+        """
+        if self.features is None:
+            return read_pictures(conversation)
+        row = row_name(conversation.source, conversation.row)
+        return [self.features.get(image, row) for image in conversation.images]
 
     def render(self, conversation: Conversation) -> Rendered:
         """The conversation as text, and the spans of its answers.
@@ -93,7 +120,10 @@ class ChatFormat:
         return render_answers(self.processor, conversation.messages, row, self.special_tokens)
 
     def encode_rendered(
-        self, conversation: Conversation, rendered: Rendered, pictures: Sequence[Picture]
+        self,
+        conversation: Conversation,
+        rendered: Rendered,
+        images: Sequence[Picture] | Sequence[StoredImage],
     ) -> Encoded:
         """What `encode` returns, from the steps before it.
 
@@ -102,8 +132,7 @@ class ChatFormat:
         """
         text, answers = rendered
         row = row_name(conversation.source, conversation.row)
-        options = {} if self.pixels is None else processor_options(self.pixels.has_padding)
-        inputs = run_processor(self.processor, text, [picture.pixels for picture in pictures], row, options)
+        inputs = self._run(text, images, row)
         offsets = inputs.pop("offset_mapping")[0]
         replacements = [r for sample in inputs.pop("text_replacement_offsets", []) for r in sample]
         input_ids = inputs.pop("input_ids")[0]
@@ -119,7 +148,7 @@ class ChatFormat:
         num_tokens = len(input_ids)
         fields = {k: v for k, v in inputs.items() if tuple(v.shape) == (1, num_tokens)}
         media = {k: v for k, v in inputs.items() if k not in fields}
-        pixels = self.pixels if PIXELS in media else None
+        pixels = self.pixels if PIXELS in media and self.features is None else None
         example = Example(
             input_ids=input_ids,
             labels=input_ids.where(is_answer, IGNORE_INDEX),
@@ -132,6 +161,14 @@ class ChatFormat:
         )
         media_positions = is_media.nonzero()
         return Encoded(example, images_end=int(media_positions[-1]) + 1 if len(media_positions) else 0)
+
+    def _run(self, text: str, images: Sequence[Picture] | Sequence[StoredImage], row: str) -> dict[str, Any]:
+        stored = [image for image in images if isinstance(image, StoredImage)]
+        if self.features is not None:
+            return run_stored(self.processor, text, stored, row)
+        pictures = [image.pixels for image in images if isinstance(image, Picture)]
+        options = {} if self.pixels is None else processor_options(self.pixels.has_padding)
+        return run_processor(self.processor, text, pictures, row, options)
 
     def fit(self, encoded: Encoded) -> Example | Dropped:
         """The example within max_seq_len: cut on the right, but never inside or before an image.

@@ -60,7 +60,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, packs: PackFormat | 
         token_fields={
             name: _pad([_field(e.token_fields, name, e.input_ids) for e in examples], 0) for name in fields
         },
-        media={name: _concatenate([e.media[name] for e in examples if name in e.media]) for name in media},
+        media={name: concatenate([e.media[name] for e in examples if name in e.media]) for name in media},
         num_target_tokens=sum(e.num_target_tokens for e in examples),
         num_input_tokens=sum(len(e.input_ids) for e in examples),
         rows=tuple(row_name(e.source, e.row) for e in examples),
@@ -85,7 +85,7 @@ def join_batches(first: Batch, second: Batch, pad_token_id: int, packs: PackForm
             name: _pad([row for b in both for row in _field(b.token_fields, name, b.input_ids)], 0)
             for name in fields
         },
-        media={name: _concatenate([b.media[name] for b in both if name in b.media]) for name in media},
+        media={name: concatenate([b.media[name] for b in both if name in b.media]) for name in media},
         num_target_tokens=first.num_target_tokens + second.num_target_tokens,
         num_input_tokens=first.num_input_tokens + second.num_input_tokens,
         rows=first.rows + second.rows,
@@ -143,7 +143,7 @@ def _pack(batches: Sequence[Batch], pad_token_id: int, packs: PackFormat) -> Bat
         labels=lay_out((b.labels for b in batches), IGNORE_INDEX),
         document_ids=document_ids,
         token_fields=token_fields,
-        media={name: _concatenate([b.media[name] for b in batches if name in b.media]) for name in media},
+        media={name: concatenate([b.media[name] for b in batches if name in b.media]) for name in media},
         num_target_tokens=sum(batch.num_target_tokens for batch in batches),
         num_input_tokens=sum(batch.num_input_tokens for batch in batches),
         rows=tuple(row for batch in batches for row in batch.rows),
@@ -170,7 +170,7 @@ def _pad(tensors: Sequence[Tensor], value: int) -> Tensor:
     return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
-def _concatenate(tensors: list[Tensor]) -> Tensor:
+def concatenate(tensors: list[Tensor]) -> Tensor:
     """Along the first axis; other axes grow to the largest, with zeros at the end."""
     sizes = [max(axis) for axis in zip(*(t.shape[1:] for t in tensors), strict=True)]
     return torch.cat([_grow(t, sizes) for t in tensors])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,13 @@ class Fingerprint:
         return [part for part in names if self.parts.get(part) != other.get(part)]
 
 
-def weights_fingerprint(files: Sequence[Path], model: PreTrainedModel) -> Fingerprint:
+def weights_fingerprint(
+    files: Sequence[Path], model: PreTrainedModel, parts: Collection[str] | None = None
+) -> Fingerprint:
     """The fingerprint of the weights in these files: a model's, or an adapter's on that model.
 
     `model` has their names and parts; it may be on the meta device. Pickled weights are known by whole
-    files, without parts.
+    files, without parts. With `parts`, no other tensors are read.
 
     Raises:
         CheckpointError: a file is not whole.
@@ -54,20 +56,22 @@ def weights_fingerprint(files: Sequence[Path], model: PreTrainedModel) -> Finger
     part_of, name_of = part_finder(model), name_finder(model)
     entries: dict[str, list[str]] = defaultdict(list)
     for file in files:
-        for source, digest in hash_tensors(file).items():
+        wanted = {name for name in read_header(file)[0] if not parts or part_of(name_of(name)) in parts}
+        for source, digest in hash_tensors(file, wanted).items():
             name = name_of(source)
             if name not in model.all_tied_weights_keys:
                 entries[part_of(name)].append(f"{name}:{digest}")
     return Fingerprint({part: _digest(sorted(lines)) for part, lines in entries.items()})
 
 
-def hash_tensors(file: Path) -> dict[str, str]:
-    """The digest of each tensor of a safetensors file: type, shape and bytes.
+def hash_tensors(file: Path, wanted: Collection[str]) -> dict[str, str]:
+    """The digest of each wanted tensor of a safetensors file: type, shape and bytes.
 
     Raises:
         CheckpointError: the file is not whole.
     """
     header, start = read_header(file)
+    header = {name: tensor for name, tensor in header.items() if name in wanted}
     with (
         file.open("rb") as opened,
         mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped,

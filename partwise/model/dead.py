@@ -40,8 +40,13 @@ def _last_used_layer(model: PreTrainedModel, num_layers: int) -> int | None:
 
     hidden_states has num_layers + 1 entries, embeddings first: with 24 layers, -2 is the output of layer 22.
     """
+    indices = feature_layers(model)
+    return max(index % (num_layers + 1) for index in indices) - 1 if indices else None
+
+
+def feature_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """The entries of the tower's hidden_states that are the image features; none where its last state is."""
     if model.config.model_type not in FEATURES_FROM_HIDDEN_STATES:
-        return None
+        return ()
     setting = model.config.vision_feature_layer
-    indices = [setting] if isinstance(setting, int) else list(setting)
-    return max(index % (num_layers + 1) for index in indices) - 1
+    return (setting,) if isinstance(setting, int) else tuple(setting)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from partwise.model.tower import attention_setting
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -140,11 +142,11 @@ def saved_bytes(model: PreTrainedModel, run: Callable[[], Tensor]) -> int:
 def counted_attention(model: PreTrainedModel, attention: str) -> Iterator[None]:
     """A block in which the model's attention is the stand-in of `attention`."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTIONS[attention])
+    model.set_attn_implementation(attention_setting(model, ATTENTIONS[attention]))
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(attention_setting(model, before))
 
 
 def decoder_bytes(model: PreTrainedModel, num_tokens: int, learns_below: bool, attention: str) -> int:

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from partwise.errors import ConfigError, UserError
 from partwise.preflight.context import Context
 from partwise.preflight.copies import check_duplicates, check_overlap
+from partwise.preflight.features import check_features
 from partwise.preflight.images import check_image_tokens, check_images
 from partwise.preflight.lineage import check_lineage
 from partwise.preflight.loss import check_loss
@@ -55,6 +56,7 @@ CHECKS: list[Check] = [
     check_disk,
     *ROW_CHECKS,
     check_packing,
+    check_features,
     check_memory,
 ]
 MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_time]

@@ -40,7 +40,7 @@ class Context:
 
     def _scan(self, rows: Rows) -> Scan:
         num_workers = self.job.config.data.num_workers
-        return scan_rows(rows, self.job.chat_format, limit=self.max_rows, num_workers=num_workers)
+        return scan_rows(rows, self.job.pixel_format, limit=self.max_rows, num_workers=num_workers)
 
     @cached_property
     def loaded(self) -> LoadedModel:

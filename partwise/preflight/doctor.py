@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from partwise.model.tower import attention_setting
 from partwise.preflight.measure import (
     Patient,
     change_pixels,
@@ -198,7 +199,7 @@ def attention(model: Any, implementation: str) -> Iterator[None]:
         if (part := getattr(model.config, name, None)) is not None:
             used[name] = part._attn_implementation
     try:
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(attention_setting(model, implementation))
         yield
     finally:
         model.set_attn_implementation(used)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from partwise.model.tower import lacks_tower
 from partwise.preflight.context import Context
 from partwise.preflight.doctor import CAUSES, diagnose, try_other_rows, try_scale
 from partwise.preflight.measure import (
@@ -98,7 +99,8 @@ def judge_images(patient: Patient, entropy: float, learned: bool) -> list[Findin
     rows = [example for example in patient.examples if example.media][:NUM_IMAGES]
     if not rows:
         return []
-    tried = {"blank images": [change_pixels(example, torch.zeros_like) for example in rows]}
+    blank = "blank features" if lacks_tower(patient.model) else "blank images"
+    tried = {blank: [change_pixels(example, torch.zeros_like) for example in rows]}
     swapped = [with_other_image(example, rows) for example in rows]
     if all(example is not None for example in swapped):
         tried["other rows' images"] = [example for example in swapped if example is not None]

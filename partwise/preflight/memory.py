@@ -24,6 +24,7 @@ from partwise.engine.device import host_memory_bytes
 from partwise.errors import PlanError
 from partwise.model.estimate import Footprint, RowShape, estimate_footprint, planned_model
 from partwise.model.plan import resolve_plan
+from partwise.model.tower import replace_tower
 from partwise.preflight.context import Context
 from partwise.records import Finding
 from partwise.tables import format_bytes
@@ -254,6 +255,9 @@ def rows_fix(context: Context, config: Config, footprint: Footprint, limit: int,
 def config_footprint(context: Context, config: Config, row: RowShape) -> Footprint:
     plan = resolve_plan(context.job.empty_model, config)
     model = planned_model(config.model, plan)
+    if context.job.cut is not None:
+        replace_tower(model, context.job.cut)
+        row = replace(row, num_tiles=0)
     attention = config.model.attention if row.most_rows is None else "packed"
     compiled = runs_compiled(context.engine) and context.job.compiles
     alone = estimate_footprint(model, plan, row, attention, config.train.optimizer_states, compiled)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from partwise.data.chat import ChatFormat, read_pictures
+from partwise.data.chat import ChatFormat
 from partwise.data.collate import collate, group_rows
 from partwise.data.packing import PackFormat
 from partwise.data.pixels import with_own_pixels
@@ -42,7 +42,7 @@ def make_patient(context: Context, places: list[int]) -> Patient:
         answers=tuple(answer_masks(context, places)),
         micro_batches=micro_batches(examples, job.config.train.micro_batch_size, job.pad_token_id, job.packs),
         others=other_rows(context, places),
-        pixel_stats=pixel_stats(job.processor),
+        pixel_stats=None if job.features else pixel_stats(job.processor),
     )
 
 
@@ -60,8 +60,8 @@ def answer_masks(context: Context, places: list[int]) -> Iterator[Tensor]:
             span_of_words(text, span, message, job.chat_format.special_tokens)
             for span, message in zip(spans, answers, strict=True)
         ]
-        pictures = read_pictures(conversation)
-        whole = job.chat_format.encode_rendered(conversation, (text, words), pictures).example
+        images = job.chat_format.read_images(conversation)
+        whole = job.chat_format.encode_rendered(conversation, (text, words), images).example
         yield whole.labels[: len(example.labels)] != IGNORE_INDEX
 
 
@@ -91,7 +91,8 @@ def other_rows(context: Context, places: list[int]) -> dict[str, tuple[Example, 
         return {}
     try:
         processor = load_processor(model.path, model.trust_remote_code)
-        own = ChatFormat(processor, job.chat_format.media_token_ids, data.max_seq_len, data.overlong)
+        ids = job.chat_format.media_token_ids
+        own = ChatFormat(processor, ids, data.max_seq_len, data.overlong, job.features)
         results = [own(conversation_at(context, place)) for place in places]
     except UserError:  # the folder has no template, or it refuses the rows: nothing to compare with
         return {}

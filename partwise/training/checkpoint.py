@@ -25,6 +25,7 @@ from partwise.lineage.checksums import verify_files
 from partwise.lineage.manifest import MANIFEST, read_manifest
 from partwise.lineage.publish import publish
 from partwise.model.parts import adapter_config, adapter_tensors
+from partwise.model.tower import lacks_tower
 from partwise.model.weights import read_model
 from partwise.records import PartsPlan
 from partwise.training.optim import Optimizer
@@ -70,7 +71,7 @@ def saved_tensors(model: PreTrainedModel, plan: PartsPlan, engine: Engine) -> di
     """The model's own tensors by their names in the file; those that train where the base has the rest."""
     if plan.has_adapters:
         return adapter_tensors(model, plan)
-    if plan.is_quantized or engine.shards_weights:
+    if plan.is_quantized or engine.shards_weights or lacks_tower(model):
         return {name: model.get_parameter(name) for name in plan.trainable}
     return model.state_dict(keep_vars=True)
 
@@ -249,7 +250,7 @@ def write_model(
             metadata={"format": "pt"},
         )
         adapter_config(plan, loaded.name).save_pretrained(folder)
-    elif state.keys() != state_names(loaded.model):
+    elif lacks_tower(loaded.model) or state.keys() != state_names(loaded.model):
         with_base_weights(loaded, state).save_pretrained(folder)
     else:
         loaded.model.save_pretrained(folder, state_dict=dict(state))

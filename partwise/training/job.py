@@ -7,12 +7,15 @@ the meta device, before any weight is read.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.config import Config
 from partwise.data.chat import ChatFormat
+from partwise.data.features import FeatureStore
 from partwise.data.loader import StepLoader
 from partwise.data.packing import PackFormat
 from partwise.data.sources import Rows, open_rows
@@ -20,13 +23,14 @@ from partwise.data.template import end_of_turn
 from partwise.engine.device import limit_memory, pick_device, seed_everything
 from partwise.engine.ranks import Ranks
 from partwise.errors import ConfigError
-from partwise.families import IMAGE_RUN_FIELDS
+from partwise.families import CACHED_TYPES, IMAGE_RUN_FIELDS
+from partwise.lineage.fingerprint import fingerprint_files, weights_fingerprint
 from partwise.lineage.manifest import make_manifest
 from partwise.lineage.origin import adapter_record, match_base, model_record
 from partwise.model.adapter import load_adapter
 from partwise.model.attention import packing_obstacle, use_packed_attention
 from partwise.model.compile import can_compile
-from partwise.model.folder import find_model_folder, model_name
+from partwise.model.folder import find_model_folder, model_name, weight_files
 from partwise.model.load import (
     LoadedModel,
     empty_model,
@@ -41,11 +45,15 @@ from partwise.model.plan import resolve_plan
 from partwise.model.positions import grid_positions
 from partwise.model.quantize import quantize_parts
 from partwise.model.stops import stop_at
+from partwise.model.tower import Cut, find_cut, replace_tower
 from partwise.records import PartsPlan
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+# What a config says of where it was written, not of what its model computes.
+PROVENANCE = frozenset({"architectures", "dtype", "transformers_version", "_name_or_path"})
 
 
 # Steps that a run must have for what compiling takes, about a minute, to come back.
@@ -53,11 +61,15 @@ COMPILE_PAYS_FROM = 100
 
 
 class Job:
-    """One config's pieces. Errors of the user surface where the piece is first asked for."""
+    """One config's pieces. Errors of the user surface where the piece is first asked for.
 
-    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+    `only_looks`: nobody fills the feature cache before the model is opened.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks | None = None, only_looks: bool = False) -> None:
         self.config = config
         self.ranks = ranks or Ranks()
+        self.only_looks = only_looks
 
     @cached_property
     def device(self) -> torch.device:
@@ -75,9 +87,12 @@ class Job:
     @cached_property
     def base_record(self) -> dict[str, Any]:
         """What the run starts from. Its weights are read once, to know them by their content."""
-        path = self.config.model.path
-        folder = find_model_folder(path, with_weights=True)
-        return model_record(folder, model_name(path), self.empty_model)
+        return model_record(self.model_folder, model_name(self.config.model.path), self.empty_model)
+
+    @cached_property
+    def model_folder(self) -> Path:
+        """With its weights."""
+        return find_model_folder(self.config.model.path, with_weights=True)
 
     @property
     def adapter(self) -> Path | None:
@@ -109,9 +124,68 @@ class Job:
 
     @cached_property
     def chat_format(self) -> ChatFormat:
+        """Of the examples that the run's model takes."""
+        return self._format(self.features)
+
+    @cached_property
+    def pixel_format(self) -> ChatFormat:
+        """Of the examples that the model takes with its vision tower."""
+        return self._format(None)
+
+    def _format(self, features: FeatureStore | None) -> ChatFormat:
         data = self.config.data
         ids = media_token_ids(self.empty_model.config, self.processor)
-        return ChatFormat(self.processor, ids, data.max_seq_len, data.overlong)
+        return ChatFormat(self.processor, ids, data.max_seq_len, data.overlong, features)
+
+    @cached_property
+    def cut(self) -> Cut | None:
+        """Where the vision tower is cut off; None without a feature cache.
+
+        Raises:
+            ConfigError: the tower of this model type is not apart from its projector.
+        """
+        if self.config.data.feature_cache is None:
+            return None
+        cut = find_cut(self.empty_model)
+        if cut is None:
+            where, kind = self.config.where("data.feature_cache"), self.empty_model.config.model_type
+            raise ConfigError(
+                f"{where}: data.feature_cache: features of {kind} cannot be kept: its vision tower is not "
+                f"known to end before its projector, as those of {', '.join(CACHED_TYPES)} do. Remove this."
+            )
+        return cut
+
+    @cached_property
+    def store(self) -> FeatureStore | None:
+        """The run's feature cache, which may lack images; None without one. Raises: ConfigError."""
+        root, cut, model = self.config.data.feature_cache, self.cut, self.empty_model
+        if root is None or cut is None:
+            return None
+        weights = weights_fingerprint(weight_files(self.model_folder), model, {"vision_tower"})
+        vision_config = model.get_submodule(cut.path).config.to_dict()
+        made_by = {
+            **weights.parts,
+            "vision_config": {k: v for k, v in vision_config.items() if k not in PROVENANCE},
+            "cut": asdict(cut),
+            "processor": type(self.processor).__name__,
+            "image_processor": self.processor.image_processor.to_dict(),
+            "dtype": self.config.model.dtype,
+            "transformers": version("transformers"),
+        }
+        return FeatureStore(Path(root).expanduser(), made_by)
+
+    @cached_property
+    def features(self) -> FeatureStore | None:
+        """The cache that stands for the vision tower; None where the tower runs."""
+        if self.store is None or (self.only_looks and not self.store.has_all(self.data_fingerprint)):
+            return None
+        return self.store
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        """Of all data files."""
+        data = self.config.data
+        return fingerprint_files(Path(file) for file in (*data.train_files, *data.eval_files))
 
     @cached_property
     def rows(self) -> Rows:
@@ -214,6 +288,7 @@ class Job:
     def open_model(self, device: torch.device | None = None) -> LoadedModel:
         """The model with the plan applied, on its device or another. Adapters start from the run's seed."""
         loaded, device = load_model(self.config.model), device or self.device
+        self._cut_off(loaded.model)
         stop_at(loaded.model, end_of_turn(loaded.processor))
         # Before the rest moves, so that the device never holds the quantised layers at full width.
         quantize_parts(loaded.model, self.plan, device)
@@ -227,8 +302,14 @@ class Job:
     def open_skeleton(self) -> LoadedModel:
         """The same on the meta device, without weights, for a rank that is given its share of them."""
         loaded = load_skeleton(self.config.model)
+        self._cut_off(loaded.model)
         self._set_up(loaded.model)
         return loaded
+
+    def _cut_off(self, model: PreTrainedModel) -> None:
+        """Let go of a tower whose features are kept: no device ever holds it."""
+        if self.features is not None and self.cut is not None:
+            replace_tower(model, self.cut)
 
     def _set_up(self, model: PreTrainedModel) -> None:
         """What the config says of a model that was just opened: attention, plan, recomputed layers.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from partwise.data.chat import truncate
 from partwise.data.collate import collate
+from partwise.data.pixels import with_own_pixels
 from partwise.engine.device import restored_rng
 from partwise.engine.single import Engine
 from partwise.errors import DataError
@@ -99,8 +101,15 @@ def first_example(loader: StepLoader, conversations: Sequence[Conversation]) -> 
         except DataError:
             continue
         if not isinstance(example, Dropped):
-            return truncate(example, max(MAX_TOKENS, encoded.images_end))
+            example = truncate(example, max(MAX_TOKENS, encoded.images_end))
+            return with_pixels(loader, conversation, example) if loader.chat_format.features else example
     return None
+
+
+def with_pixels(loader: StepLoader, conversation: Conversation, example: Example) -> Example:
+    """The example of kept features with what a model that has its tower takes instead."""
+    whole = loader.chat_format.with_pixels.encode(conversation).example
+    return replace(example, image_inputs=with_own_pixels(whole).media)
 
 
 def take_probe(
@@ -124,7 +133,7 @@ def take_probe(
             batch = collate([example], pad_token_id)
             inputs = model_inputs(model, batch, torch.device("cpu"), loaded.dtype)
             row = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-            rows.append(row)
+            rows.append({**row, **(example.image_inputs or {})})
             if engine.shards_weights:
                 inputs = model_inputs(model, batch, engine.device, loaded.dtype)
                 logits.append(engine.logits(model, inputs)[0, -NUM_LOGITS:].float().cpu())
