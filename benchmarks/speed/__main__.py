@@ -85,7 +85,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--time-limit", type=float, default=90, help="seconds for a cell and contender")
     parser.add_argument(
-        "--gpus", nargs="+", type=int, default=[1], help="numbers of GPUs; above 1 Partwise alone"
+        "--gpus",
+        nargs="+",
+        type=int,
+        default=[1],
+        help="numbers of GPUs; Partwise alone above 1, and in cells that only it can run",
     )
     parser.add_argument(
         "--num-workers", type=int, default=min(12, os.cpu_count() or 2), help="processes that prepare rows"
@@ -103,7 +107,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
             job = make_job(options, name, base, folder / f"{name}-{num_gpus}", num_gpus)
             num_rows = job.total_steps * job.rows_per_step
             lengths = write_rows(job.cell, base, job.folder, num_rows)
-            for contender in options.contenders if num_gpus == 1 else [OURS]:
+            alone_there = num_gpus > 1 or job.cell.rivals is not None
+            for contender in [OURS] if alone_there else options.contenders:
                 row = measure_one(contender, job, lengths)
                 if contender == OURS and "error" not in row:
                     alone = row["tokens_per_second"] if num_gpus == 1 else alone

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # How many times the time limit a contender gets: what compiles needs its time, and none of it is measured.
 PATIENCE = {
-    "partwise": 1.5,
+    "partwise": 2.0,
     "hf": 1.0,
     "hf-flash": 1.0,
     "hf-liger": 1.0,

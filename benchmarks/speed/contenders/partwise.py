@@ -28,8 +28,6 @@ PRECISION = "AdamW on float32 masters"
 def main() -> None:
     job = read_job(Path(sys.argv[1]))
     config = write_config(job)
-    if job.cell.features_are_cached and "feature_cache" not in config["data"]:
-        sys.exit(f"cell {job.name}: settings.py keeps no features: data.feature_cache is not set there")
     path = job.folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "partwise.cli", "train", str(path)]
@@ -60,6 +58,8 @@ def write_config(job: Job) -> dict[str, Any]:
         "overlong": "error",
         "num_workers": job.num_workers,
     }
+    if cell.features_are_cached:
+        data["feature_cache"] = str(job.folder / "features")
     config: dict[str, Any] = {
         "model": {"path": str(job.base), "dtype": str(job.dtype).removeprefix("torch.")},
         "parts": PARTS[cell.method],
@@ -87,6 +87,7 @@ def describe_run(job: Job, config: dict[str, Any]) -> dict[str, Any]:
         **describe_steps(steps[job.num_warmup_steps :]),
         "data_wait_seconds_median": round(waits[len(waits) // 2], 5),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in logged),
+        "first_step_seconds": round(steps[0].seconds, 2),
         "first_loss": round(steps[0].loss, 5),
         "last_loss": round(steps[-1].loss, 5),
     }
