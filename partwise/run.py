@@ -19,7 +19,7 @@ from rich.console import Console
 from partwise.config import Config, dump_config
 from partwise.engine.choose import make_engine, needs_group, runs_compiled
 from partwise.engine.join import connected_alone, joined
-from partwise.engine.launch import choose_num_processes, resolve_engine, started_ranks
+from partwise.engine.launch import choose_num_processes, let_segments_grow, resolve_engine, started_ranks
 from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, ConfigError, TrainingError
@@ -67,6 +67,7 @@ def check(
     Raises:
         ConfigError: an id is unknown, or the report cannot be written.
     """
+    let_segments_grow()
     console = console or Console(quiet=True)
     cheap, dear = select_checks(only, skip)
     number = choose_num_processes(config.engine, num_processes)
@@ -115,6 +116,7 @@ def train(
         StoppedError: SIGTERM or SIGINT ended the training; it can be resumed.
     """
     if ranks is None:
+        let_segments_grow()
         with joined(started_ranks()) as ranks:
             return train(config, resume, console, ranks)
     name = resolve_engine(config.engine, ranks.size)

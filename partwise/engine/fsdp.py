@@ -9,7 +9,7 @@ With `offload`, shards and their gradients lie on the host, and so do the master
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,7 +122,7 @@ class Fsdp(Engine):
         row = parameter.shape.numel() // max(1, parameter.shape[0])
         return Stretch(offsets[0] * row, tuple(parameter.shape))
 
-    def write_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
+    def write_weights(self, parameters: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
         """Nothing: the master is the weight's own memory."""
 
     def total(self, values: Tensor) -> Tensor:

@@ -130,6 +130,13 @@ def _require(holds: bool, environment: Mapping[str, str], *names: str) -> None:
         )
 
 
+def let_segments_grow() -> None:
+    """Blocks of GPU memory that grow, unless the user has set torch's allocator: steps have many lengths, and
+    blocks of fixed size for each of them would pile up. It counts until the GPU is first used."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def resolve_engine(engine: str, num_processes: int) -> str:
     """The engine that trains: "auto" is "single" for one process and "ddp" for several.
 

@@ -7,7 +7,7 @@ the flattened tensor, so that a checkpoint of one engine is read by every other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -103,13 +103,14 @@ class Engine:
         """Which part of the parameter this rank's master is."""
         return Stretch(0, tuple(parameter.shape))
 
-    def write_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
-        """Round a master into the weight that the model runs with."""
-        if master is not parameter:
-            parameter.copy_(master)
+    def write_weights(self, parameters: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
+        """Round masters into the weights that the model runs with."""
+        pairs = [pair for pair in zip(parameters, masters, strict=True) if pair[0] is not pair[1]]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
     def finish_load(self) -> None:
-        """Called once after masters were loaded: what `write_weight` leaves to do for all together."""
+        """Called once after masters were loaded: what `write_weights` leaves to do for all together."""
 
     def total(self, values: Tensor) -> Tensor:
         """Sums over all shards of what was counted on this rank's, on the device."""

@@ -10,7 +10,7 @@ Some attributes of DeepSpeed that are used here are not public; they are those o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from warnings import filterwarnings
@@ -129,7 +129,7 @@ class Zero(Engine):
         """A view of the summed gradient of the shard."""
         raise NotImplementedError
 
-    def write_weight(self, parameter: nn.Parameter, master: Tensor) -> None:
+    def write_weights(self, parameters: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
         """Nothing: `update` and `finish_load` write all weights together."""
 
     def total(self, values: Tensor) -> Tensor:

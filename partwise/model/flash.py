@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from partwise.model.transfer import to_device
 from partwise.records import Pack
 
 
@@ -50,7 +51,7 @@ class PackLayout:
         keys = [token for start, end in pack.image_runs for token in range(end - 1, start, -1)]
         table = torch.tensor([0, *accumulate(documents), 0, *accumulate(runs), *keys], dtype=torch.int32)
         sizes = torch.tensor([len(documents), max(documents), len(runs), max(runs, default=0)])
-        return PackLayout(pack, table.to(device, non_blocking=True), sizes)
+        return PackLayout(pack, to_device(table, device), sizes)
 
 
 def read_layout(table: Tensor, sizes: Tensor) -> tuple[Stretches, Stretches, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from partwise.families import LOGIT_SOFTCAP_TYPES
+from partwise.model.transfer import to_device
 from partwise.records import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def token_loss_sum(
     num_tokens = labels_BT.shape[1]
     targets_BT = labels_BT[:, 1:]
     rows_N, positions_N = (targets_BT != IGNORE_INDEX).nonzero(as_tuple=True)
-    targets_N = targets_BT[rows_N, positions_N].to(hidden_BTD.device, non_blocking=True)
-    index_N = (rows_N * num_tokens + positions_N).to(hidden_BTD.device, non_blocking=True)
+    targets_N = to_device(targets_BT[rows_N, positions_N], hidden_BTD.device)
+    index_N = to_device(rows_N * num_tokens + positions_N, hidden_BTD.device)
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, index_N)
     sum_rows = linear_loss_sum if is_plain_linear(head) else module_loss_sum
     return sum_rows(hidden_ND, targets_N, head, softcap)

@@ -9,7 +9,8 @@ step.py's business, and which parameters train is the plan's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from partwise.config import TrainConfig
 from partwise.engine.single import Engine, Stretch
 from partwise.errors import CheckpointError, PlanError
 from partwise.records import PartsPlan
-from partwise.training.adamw import PLAIN_KINDS, PackedAdamW, is_packed, moments, packed_state
+from partwise.training.adamw import PIECE, PLAIN_KINDS, PackedAdamW, is_packed, moments, packed_state
 from partwise.training.state import MASTER, SavedState
 
 
@@ -52,6 +53,7 @@ class Optimizer:
         self.num_steps = num_steps
         self.train = train
         self.never_reached = set(self.parameters)
+        self.num_updates: Counter[str] = Counter()  # on the host; AdamW has its own beside the moments
         self.stopped = torch.zeros((), device=next(iter(self.parameters.values())).device)
         self.masters, self.adamw = self.engine.make_masters(
             self.parameters, lambda tensors: self._make_adamw(model, plan, tensors)
@@ -116,10 +118,11 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rates[group["part"]]
         self.engine.update(self.adamw, self.masters, self.max_grad_norm, norm)
-        for name, master in self.masters.items():
-            if master.grad is not None:
-                self.engine.write_weight(self.parameters[name], master)
-                master.grad = None
+        updated = {name: master for name, master in self.masters.items() if master.grad is not None}
+        self.engine.write_weights([self.parameters[name] for name in updated], list(updated.values()))
+        for master in updated.values():
+            master.grad = None
+        self.num_updates.update(updated.keys())
         return norms
 
     def _grad_norms(self) -> dict[str, Tensor]:
@@ -140,6 +143,45 @@ class Optimizer:
         scale, scale_sq = 1 - beta ** state["step"], (1 - beta_sq ** state["step"]).sqrt()
         for mean, square in moments(state):
             yield mean / square.sqrt().div_(scale_sq).add_(self.train.adam_eps).mul_(scale)
+
+    def update_norm(self, names: Sequence[str]) -> Tensor:
+        """Norm of what AdamW moved these tensors by in the last step, without decay; on this rank, scalar.
+
+        Many tensors at a time: an adapter is hundreds of small ones.
+        """
+        beta, beta_sq = self.train.adam_betas
+        norms = []
+        for (step, rate), some in self._alike(names).items():
+            scale, scale_sq = 1 - beta**step, math.sqrt(1 - beta_sq**step)
+            for means, squares in self._moments(some):
+                roots = torch._foreach_sqrt(squares)
+                torch._foreach_div_(roots, scale_sq)
+                torch._foreach_add_(roots, self.train.adam_eps)
+                moved = torch._foreach_norm(torch._foreach_div(means, roots))
+                norms.append(torch.linalg.vector_norm(torch.stack(moved)) * (rate / scale))
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _alike(self, names: Iterable[str]) -> dict[tuple[int, float], list[str]]:
+        """The names by number of updates and learning rate."""
+        alike: dict[tuple[int, float], list[str]] = defaultdict(list)
+        for name in names:
+            alike[self.num_updates[name], self.groups[name]["lr"]].append(name)
+        return alike
+
+    def _moments(self, names: Iterable[str]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Both moments of the tensors, in pieces: about PIECE elements at a time."""
+        means: list[Tensor] = []
+        squares: list[Tensor] = []
+        size = 0
+        for mean, square in (pair for name in names for pair in moments(self.state(name))):
+            means.append(mean)
+            squares.append(square)
+            size += mean.numel()
+            if size >= PIECE:
+                yield means, squares
+                means, squares, size = [], [], 0
+        if means:
+            yield means, squares
 
     def state_dict(self) -> dict[str, Tensor]:
         """What training changed on this rank, as "kind/parameter name": masters, moments, step counts."""
@@ -179,8 +221,9 @@ class Optimizer:
                     "with the model.dtype of the run."
                 )
             master.copy_(flat.view_as(master))
-            self.engine.write_weight(self.parameters[name], master)
+            self.engine.write_weights([self.parameters[name]], [master])
             if state := saved.state(name, stretch.start, master.numel()):
+                self.num_updates[name] = int(state["step"])
                 self.engine.load_state(self.adamw, name, master, self._fitting(master, state))
         self.engine.finish_load()
 

@@ -22,6 +22,7 @@ from partwise.engine.single import Engine
 from partwise.errors import TrainingError
 from partwise.model.attention import takes_packs
 from partwise.model.flash import PackLayout
+from partwise.model.transfer import to_device
 from partwise.records import Batch, StepData
 from partwise.training.optim import Optimizer
 from partwise.training.watch import Observed, observe_gradients, observe_update
@@ -137,7 +138,7 @@ def model_inputs(
     if batch.position_ids is not None:
         tensors["position_ids"] = batch.position_ids
     inputs: dict[str, Any] = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        name: to_device(tensor, device, dtype if tensor.is_floating_point() else None)
         for name, tensor in tensors.items()
     }
     if batch.pixels is not None:

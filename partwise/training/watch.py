@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partwise.records import StepMetrics
+from partwise.training.adamw import PIECE
 from partwise.training.optim import Optimizer
 
 HISTORY = 100  # logged steps that a value is compared with
@@ -67,10 +70,23 @@ def observe_gradients(optimizer: Optimizer) -> Gradients | None:
 
 def zero_fraction(optimizer: Optimizer, names: list[str]) -> Tensor:
     gradients = [optimizer.masters[name].grad for name in names]
-    nonzero = torch.stack([gradient.count_nonzero() for gradient in gradients]).sum()
+    nonzero = torch.stack(list(counts_nonzero(gradients))).sum()
     size = torch.full_like(nonzero, sum(gradient.numel() for gradient in gradients))
     nonzero, size = optimizer.engine.total(torch.stack([nonzero, size]))
     return 1 - nonzero.double() / size
+
+
+def counts_nonzero(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Scalars whose sum is how many elements are not zero, fp64. Small tensors are counted many at a time.
+
+    Their signs are another tensor, whose sum of absolute values is exact in fp32 up to PIECE.
+    """
+    small = [tensor for tensor in tensors if tensor.numel() < PIECE]
+    yield from (t.count_nonzero().double() for t in tensors if t.numel() >= PIECE)
+    places = [total // PIECE for total in accumulate(tensor.numel() for tensor in small)]
+    for _, group in groupby(zip(places, small, strict=True), key=itemgetter(0)):
+        signs = torch._foreach_sign([tensor for _, tensor in group])
+        yield torch.stack(torch._foreach_norm(signs, 1)).double().sum()
 
 
 @torch.no_grad()
@@ -82,13 +98,8 @@ def observe_update(optimizer: Optimizer, gradients: Gradients) -> Observed:
 
 def update_ratio(optimizer: Optimizer, names: list[str]) -> Tensor:
     """Norm of a part's last update, without weight decay, over the norm of its weights."""
-    updates = [
-        optimizer.groups[name]["lr"] * torch.linalg.vector_norm(piece)
-        for name in names
-        for piece in optimizer.directions(name)
-    ]
     weights = torch.nn.utils.get_total_norm([optimizer.masters[name] for name in names])
-    norms = torch.stack([torch.linalg.vector_norm(torch.stack(updates)).double(), weights.double()])
+    norms = torch.stack([optimizer.update_norm(names).double(), weights.double()])
     update, weight = optimizer.engine.total_norms(norms)
     return update / weight.clamp(min=1e-30)
 

@@ -174,3 +174,6 @@ def test_directions_are_what_the_update_was() -> None:
     moved = (before * (1 - 1e-3 * 0.01) - model.linear.weight.detach()).reshape(-1)
     told = 1e-3 * torch.cat(list(optimizer.directions("linear.weight")))
     assert (told - moved).norm() < 0.05 * moved.norm()
+    rate = optimizer.groups["linear.weight"]["lr"]
+    norm = rate * torch.cat(list(optimizer.directions("linear.weight"))).norm()
+    assert optimizer.update_norm(["linear.weight"]).item() == pytest.approx(norm.item(), rel=1e-5)
