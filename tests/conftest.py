@@ -15,7 +15,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 # The files that take longest begin first: two processes then end at about the same time.
-LONGEST = ("test_readme", "test_engines", "test_families", "test_processes", "test_zero", "test_comparison")
+LONGEST = (
+    *("test_readme", "test_engines", "test_faults", "test_families", "test_chains", "test_ranks"),
+    *("test_processes", "test_comparison", "test_zero", "test_stories", "test_verify", "test_speed"),
+    *("test_benchmarks", "test_compile", "test_fuzz"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

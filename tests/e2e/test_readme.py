@@ -57,18 +57,19 @@ def test_the_demo_learns_to_look_at_the_image(checkout) -> None:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["README.md", "docs/lineage.md"])
-def test_every_console_line_runs(checkout, environment, name) -> None:
+def test_every_console_line_runs(checkout, run_cli, monkeypatch, name) -> None:
+    """In one process: the demo runs the commands in processes of their own."""
     folder, _ = checkout
+    monkeypatch.chdir(folder)
     lines = [line for block in blocks(ROOT / name, "console") for line in block.splitlines()]
     commands = [shlex.split(line.removeprefix("$ ")) for line in lines if line.startswith("$ ")]
     assert len(commands) >= 6
-    for command in commands:
-        done = subprocess.run(
-            [BIN / command[0], *command[1:]], cwd=folder, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
-        if command[1] == "chat":
-            assert re.fullmatch(r"\d", done.stdout.strip())
+    for program, *arguments in commands:
+        assert program == "partwise"
+        done = run_cli(*arguments)
+        assert done.code == 0, f"{shlex.join(arguments)}\n{done.out}{done.err}"
+        if arguments[0] == "chat":
+            assert re.fullmatch(r"\d", done.out.strip())
 
 
 @pytest.mark.timeout(1200)

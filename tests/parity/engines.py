@@ -37,7 +37,7 @@ def train_curve(engine_name: str, values: dict[str, Any], ranks: Ranks, resume_s
     folder.mkdir(parents=True, exist_ok=True)
     manifest = ranks.from_first(job.manifest if ranks.is_first else None)
     checkpoint = checkpoint_folder(folder, resume_step) if resume_step else None
-    train_opened(job, engine, loaded, manifest, checkpoint, Console(quiet=True))
+    train_opened(job, engine, loaded, 0.0, manifest, checkpoint, Console(quiet=True))
     return folder
 
 

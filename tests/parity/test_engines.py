@@ -1,4 +1,7 @@
-"""Every engine on two and four processes against one process: curves of 20 steps, full and LoRA."""
+"""Every engine on two and four processes against one process: curves of 20 steps, full and LoRA.
+
+All that runs on so many processes runs in one start of them, since each start imports torch and transformers.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from engines import curve, train_curve
 from partwise.engine.ranks import Ranks
 
 SCRIPT = Path(__file__).with_name("engines.py")
+pytestmark = pytest.mark.timeout(1200)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
 LORA = {"mode": "lora", "lora_rank": 4}
@@ -35,10 +39,16 @@ CELLS: dict[str, tuple[dict[str, Any], str]] = {
     "lora, images": ({"projector": "full", "language_model": LORA}, "images"),
 }
 ON_FOUR = ("full", "lora")
+SAVED = ("full", "lora")
+# Which engine goes on from the checkpoint of which.
+READERS = dict(zip(ENGINES, (*ENGINES[1:], ENGINES[0]), strict=True))
 NUM_STEPS = 20
-NUM_RESUMED_STEPS = 12
+SAVED_STEP = 12
 NUM_FEW_STEPS = 8
 ON_FEW_STEPS = ("frozen vision", "projector")
+NUM_RESUMED_STEPS = 12
+RESUMED = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9}
+NUM_EVAL_ROWS = 8
 WORDS = ("red", "a green disc", "It is blue, as far as one can see.", "7")
 
 
@@ -65,6 +75,8 @@ def write_rows(folder: Path, kind: str, make_image: Callable) -> Path:
 def configs(tiny_folder: Callable, make_image: Callable, tmp_path_factory: Any) -> Callable[..., dict]:
     folder = tmp_path_factory.mktemp("rows")
     rows = {kind: str(write_rows(folder, kind, make_image)) for kind in ("text", "images", "mixed")}
+    evaluated = folder / "eval.jsonl"
+    evaluated.write_text("".join(Path(rows["mixed"]).read_text().splitlines(keepends=True)[:NUM_EVAL_ROWS]))
     model = str(tiny_folder("gemma3"))
 
     def make(cell: str, output: Path, **train: Any) -> dict[str, Any]:
@@ -72,7 +84,7 @@ def configs(tiny_folder: Callable, make_image: Callable, tmp_path_factory: Any) 
         return {
             "model": {"path": model, "dtype": "float32"},
             "parts": parts,
-            "data": {"train": rows[kind], "eval": rows["mixed"], "max_seq_len": 256, "num_workers": 0},
+            "data": {"train": rows[kind], "eval": str(evaluated), "max_seq_len": 256, "num_workers": 0},
             "train": {
                 "steps": NUM_STEPS,
                 "global_batch_size": 6,
@@ -108,7 +120,7 @@ def run_on_ranks(num_ranks: int, jobs: list, folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [*TORCHRUN, "--standalone", "--nproc_per_node", str(num_ranks)]
     done = subprocess.run(
-        [*command, str(SCRIPT), str(folder / "jobs.json")], capture_output=True, text=True, timeout=540
+        [*command, str(SCRIPT), str(folder / "jobs.json")], capture_output=True, text=True, timeout=1100
     )
     assert done.returncode == 0, done.stderr[:3000]
 
@@ -131,7 +143,7 @@ def run_on_nodes(jobs: list, folder: Path) -> None:
         )
         for node in range(2)
     ]
-    said = [node.communicate(timeout=540)[1] for node in nodes]
+    said = [node.communicate(timeout=1100)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][:3000]
 
 
@@ -143,49 +155,82 @@ def worst(found: list, expected: list) -> tuple[float, float]:
     return losses, norms
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_curves_are_those_of_one_process(num_ranks, configs, references, tmp_path):
-    cells = CELLS if num_ranks == 2 else ON_FOUR
-    steps = {cell: NUM_FEW_STEPS if cell in ON_FEW_STEPS else NUM_STEPS for cell in cells}
-    outputs = {(engine, cell): tmp_path / f"{engine}-{cell}" for engine in ENGINES for cell in cells}
-    jobs = [[e, configs(cell, out, steps=steps[cell]), 0] for (e, cell), out in outputs.items()]
-    run_on_ranks(num_ranks, jobs, tmp_path)
-    for (engine, cell), output in outputs.items():
-        losses, norms = worst(curve(output), references(cell, steps[cell]))
-        assert losses < 1e-4 and norms < 1e-3, (engine, cell, losses, norms)
+def num_steps(cell: str) -> int:
+    return NUM_FEW_STEPS if cell in ON_FEW_STEPS else NUM_STEPS
 
 
-@pytest.mark.parametrize("cell", ["full", "lora"])
-def test_a_run_goes_on_with_another_engine_and_number_of_ranks(cell, configs, references, tmp_path):
-    """Each engine on two ranks writes a checkpoint; one process and other engines on three go on from it."""
-    train = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9}
-    written = {engine: tmp_path / engine for engine in ENGINES}
-    jobs = [[engine, configs(cell, output, **train), 0] for engine, output in written.items()]
-    run_on_ranks(2, jobs, tmp_path)
-    three = []
-    for engine, reader in zip(ENGINES, (*ENGINES[1:], ENGINES[0]), strict=True):
-        shutil.copytree(written[engine], tmp_path / f"{engine}-{reader}")
-        three.append([reader, configs(cell, tmp_path / f"{engine}-{reader}", **train), 6])
-        train_curve("single", configs(cell, written[engine], **train), Ranks(), 6)
-    run_on_ranks(3, three, tmp_path)
-    for _, values, _ in [*jobs, *three]:
-        losses, norms = worst(curve(Path(values["output"])), references(cell, NUM_RESUMED_STEPS))
-        assert losses < 1e-4 and norms < 1e-3, (values["output"], losses, norms)
+@pytest.fixture(scope="module")
+def on_two(configs: Callable, tmp_path_factory: Any) -> Path:
+    """The folder of all that runs on two ranks; some leave a checkpoint on their way."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = []
+    for cell in CELLS:
+        train = {"save_every": SAVED_STEP} if cell in SAVED else {}
+        train["steps"] = num_steps(cell)
+        jobs += [[engine, configs(cell, folder / f"{engine}-{cell}", **train), 0] for engine in ENGINES]
+    offloaded = configs("full", folder / "offloaded", offload_optimizer=True, **RESUMED)
+    jobs += [["fsdp", offloaded, 0], ["fsdp", offloaded, 6]]
+    run_on_ranks(2, jobs, folder)
+    return folder
 
 
-def test_an_offloaded_optimizer_changes_no_number(configs, references, tmp_path):
+@pytest.fixture(scope="module")
+def on_three(configs: Callable, on_two: Path, tmp_path_factory: Any) -> Path:
+    """Each checkpoint of `on_two`, gone on from with another engine on three ranks."""
+    folder = tmp_path_factory.mktemp("three")
+    jobs = []
+    for cell in SAVED:
+        for engine, reader in READERS.items():
+            output = shutil.copytree(on_two / f"{engine}-{cell}", folder / f"{engine}-{cell}")
+            jobs.append([reader, configs(cell, output, save_every=SAVED_STEP), SAVED_STEP])
+    run_on_ranks(3, jobs, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_four(configs: Callable, tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    outputs = {(engine, cell): folder / f"{engine}-{cell}" for engine in ENGINES for cell in ON_FOUR}
+    run_on_ranks(4, [[engine, configs(cell, out), 0] for (engine, cell), out in outputs.items()], folder)
+    return folder
+
+
+def assert_same(folder: Path, expected: list) -> None:
+    losses, norms = worst(curve(folder), expected)
+    assert losses < 1e-4 and norms < 1e-3, (losses, norms)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_ranks_have_the_curve_of_one(cell, engine, on_two, references):
+    assert_same(on_two / f"{engine}-{cell}", references(cell, num_steps(cell)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cell", ON_FOUR)
+def test_four_ranks_have_the_curve_of_one(cell, engine, on_four, references):
+    assert_same(on_four / f"{engine}-{cell}", references(cell))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("cell", SAVED)
+def test_a_run_goes_on_with_another_engine_and_number_of_ranks(
+    cell, engine, configs, on_two, on_three, references, tmp_path
+):
+    """From the checkpoint of an engine on two ranks: another engine on three ranks, and one process."""
+    assert_same(on_three / f"{engine}-{cell}", references(cell))
+    alone = shutil.copytree(on_two / f"{engine}-{cell}", tmp_path / "alone")
+    train_curve("single", configs(cell, alone, save_every=SAVED_STEP), Ranks(), SAVED_STEP)
+    assert_same(alone, references(cell))
+
+
+def test_an_offloaded_optimizer_changes_no_number(on_two, references):
     """Also through a checkpoint. On a CPU shards have no other place, but all goes through the policy."""
-    train = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9, "offload_optimizer": True}
-    values = configs("full", tmp_path / "run", **train)
-    run_on_ranks(2, [["fsdp", values, 0], ["fsdp", values, 6]], tmp_path)
-    losses, norms = worst(curve(tmp_path / "run"), references("full", NUM_RESUMED_STEPS))
-    assert losses < 1e-4 and norms < 1e-3
+    assert_same(on_two / "offloaded", references("full", NUM_RESUMED_STEPS))
 
 
 def test_fsdp_shards_within_a_node_and_copies_across(configs, references, tmp_path):
     """Also through a checkpoint, whose shards are there twice."""
-    train = {"steps": NUM_RESUMED_STEPS, "save_every": 6, "keep_last": 9}
-    values = configs("full", tmp_path / "run", **train)
+    values = configs("full", tmp_path / "run", **RESUMED)
     run_on_nodes([["fsdp", values, 0], ["fsdp", values, 6]], tmp_path)
-    losses, norms = worst(curve(tmp_path / "run"), references("full", NUM_RESUMED_STEPS))
-    assert losses < 1e-4 and norms < 1e-3
+    assert_same(tmp_path / "run", references("full", NUM_RESUMED_STEPS))

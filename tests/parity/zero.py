@@ -1,6 +1,6 @@
-"""What one process computes and what ranks under ZeRO compute, plan for plan, as JSON.
+"""What one process computes and what ranks under ZeRO compute, by stage and plan, as JSON.
 
-    torchrun --standalone --nproc_per_node 2 tests/parity/zero.py MODEL STAGE
+    torchrun --standalone --nproc_per_node 2 tests/parity/zero.py MODEL
 
 On the CPU. Each rank computes the reference for itself: one process that has all rows of all ranks.
 """
@@ -144,11 +144,18 @@ class Rows:
             yield batches, Totals(*tokens)
 
 
-def compare(folder: str, plan_name: str, engine: Engine, rows: Rows) -> dict[str, Any]:
+def train_alone(folder: str, plan_name: str, num_ranks: int, rows: Rows) -> Run:
+    """One process that has the rows of so many ranks."""
+    run = Run(folder, plan_name, Engine())
+    for batches, totals in rows.steps(plan_name, num_ranks):
+        run.step([batch for share in batches for batch in share], totals)
+    return run
+
+
+def compare(folder: str, plan_name: str, one: Run, engine: Engine, rows: Rows) -> dict[str, Any]:
     ranks = engine.ranks
-    one, many = Run(folder, plan_name, Engine()), Run(folder, plan_name, engine)
+    many = Run(folder, plan_name, engine)
     for batches, totals in rows.steps(plan_name, ranks.size):
-        one.step([batch for share in batches for batch in share], totals)
         many.step(batches[ranks.rank], totals)
     expected, found = one.wholes(), many.wholes()
     weights = {name: p.detach() for name, p in one.model.named_parameters()}
@@ -221,7 +228,7 @@ def logits_distance(one: Run, many: Run, rows: Rows) -> float:
     return distance(*logits)
 
 
-def main(folder: str, stage: int) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), host=dist.group.WORLD)
@@ -229,13 +236,17 @@ def main(folder: str, stage: int) -> None:
     partwise.engine.zero.KEPT_ELEMENTS = 100
     partwise.engine.zero.BUCKET_ELEMENTS = 6000
     rows = Rows(folder)
-    results = {name: compare(folder, name, ENGINES[stage](ranks), rows) for name in PLANS}
+    results: dict[int, dict[str, Any]] = {stage: {} for stage in ENGINES}
+    for name in PLANS:
+        one = train_alone(folder, name, ranks.size, rows)
+        for stage, engine in ENGINES.items():
+            results[stage][name] = compare(folder, name, one, engine(ranks), rows)
     if ranks.is_first:
         print(json.dumps(results))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1])
     sys.stdout.flush()
     os._exit(0)  # as the command does: communication libraries may abort while Python ends

@@ -81,11 +81,11 @@ def test_config_and_plan_of_a_4b_model_are_checked_in_seconds(folder_4b: Path, t
     """Hardly longer than it takes to import transformers, on any machine: 3.4 s and 3.4 s on one core."""
     only = [word for check in ("output", "model", "plan", "disk") for word in ("--only", check)]
     arguments = ["check", EXAMPLE, f"model.path={folder_4b}", f"output={tmp_path / 'run'}", *only]
-    pairs = []
-    for _ in range(3):
+    fractions: list[float] = []
+    while len(fractions) < 3 and not any(fraction < 1.25 for fraction in fractions):
         imported, _ = processor_seconds(IMPORT)
         checked, out = processor_seconds(CHECK, *arguments)
-        pairs.append((checked, imported))
+        fractions.append(checked / imported)
     assert "32.8 M of 4.3 B parameters train" in out
     assert out.splitlines()[-1] == "[]"
-    assert min(checked / imported for checked, imported in pairs) < 1.25, pairs
+    assert min(fractions) < 1.25, fractions
