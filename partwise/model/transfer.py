@@ -1,4 +1,4 @@
-"""Tensors from the host to the device of a step; the host does not wait for what the device still computes."""
+"""Tensors from the host to a step's device; the host does not wait for what the device still computes."""
 
 from __future__ import annotations
 
