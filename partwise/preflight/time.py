@@ -18,6 +18,7 @@ import torch
 
 from partwise.data.collate import collate
 from partwise.data.scan import Scan
+from partwise.engine.choose import runs_compiled
 from partwise.preflight.context import Context
 from partwise.preflight.probe import examples_at, spread, typical_groups, usable_rows
 from partwise.records import Batch, Finding, StepData
@@ -77,6 +78,8 @@ def check_time(context: Context) -> list[Finding]:
         text += "; without checkpoints"
     if job.config.train.offload_optimizer:
         text += "; without the way of weights and gradients between host and GPU"
+    if runs_compiled(context.engine) and job.compiles:
+        text += "; measured before layers are compiled, which makes steps faster"
     values = {
         "seconds": total,
         "num_steps": job.num_steps,
