@@ -22,7 +22,7 @@ from partwise.data.sources import Rows, open_rows
 from partwise.data.template import end_of_turn
 from partwise.engine.device import limit_memory, pick_device, seed_everything
 from partwise.engine.ranks import Ranks
-from partwise.errors import ConfigError
+from partwise.errors import ConfigError, PlanError
 from partwise.families import CACHED_TYPES, IMAGE_RUN_FIELDS
 from partwise.lineage.fingerprint import fingerprint_files, weights_fingerprint
 from partwise.lineage.manifest import make_manifest
@@ -321,4 +321,8 @@ class Job:
         apply_plan(model, self.plan)
         checkpointing = self.config.train.gradient_checkpointing
         if checkpointing or (checkpointing is None and self.device.type == "cuda"):
-            enable_gradient_checkpointing(model, self.plan)
+            try:
+                enable_gradient_checkpointing(model, self.plan)
+            except PlanError:
+                if checkpointing:
+                    raise  # nobody asked for it else: a model that cannot recompute keeps all

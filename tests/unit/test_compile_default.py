@@ -1,4 +1,4 @@
-"""When a run compiles its layers."""
+"""When a run compiles its layers, and when it recomputes them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from partwise.config import load_config
-from partwise.errors import ConfigError
+from partwise.errors import ConfigError, PlanError
 from partwise.training import job as job_module
 from partwise.training.job import COMPILE_PAYS_FROM, Job
 
@@ -51,3 +52,20 @@ def test_without_one(open_job, monkeypatch):
     assert not open_job(steps=COMPILE_PAYS_FROM).compiles
     with pytest.raises(ConfigError, match=r"config.yaml:\d+: train.compile: true needs a CUDA GPU"):
         _ = open_job(compile=True).compiles
+
+
+def test_a_model_that_cannot_recompute_is_refused_only_where_it_should(open_job, monkeypatch):
+    def refuse(*_):
+        raise PlanError("it cannot")
+
+    def on_gpu(**train) -> Job:
+        job = open_job(**train)
+        job.__dict__["device"] = torch.device("cuda")
+        return job
+
+    decoder = on_gpu().open_skeleton().model.get_decoder()
+    assert all(layer.gradient_checkpointing for layer in decoder.layers)
+    monkeypatch.setattr(job_module, "enable_gradient_checkpointing", refuse)
+    on_gpu().open_skeleton()
+    with pytest.raises(PlanError, match="it cannot"):
+        on_gpu(gradient_checkpointing=True).open_skeleton()
