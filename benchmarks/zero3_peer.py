@@ -79,7 +79,9 @@ def main() -> None:
 
 
 def open_model(base: str, method: str) -> nn.Module:
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(
+        base, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
     model.config.get_text_config().use_cache = False
     model.requires_grad_(False)
     if method == "full":
