@@ -1,7 +1,7 @@
-"""What GPUs of one node receive a second in each collective: the bandwidth that `scaling.py` takes for granted.
+"""What a GPU receives a second in each collective within a node: what `scaling.py` takes for granted.
 
-Usage: torchrun --nproc-per-node N benchmarks/collectives.py OUT.jsonl; needs N GPUs. Each row is the median of
-20 runs over 1 GiB of bfloat16; `gigabytes_per_second` counts the bytes that a GPU receives from the others.
+Usage: torchrun --nproc-per-node N benchmarks/collectives.py OUT.jsonl; needs N GPUs. Each row is the median
+of 20 runs over 1 GiB of bfloat16; `gigabytes_per_second` counts what a GPU receives from the others.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ METHOD-single-1 of the same call. One JSON line per cell; one that fails says wh
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def main() -> None:
             if not base.is_dir():
                 write_model(base, SHAPES[shape])
             row = run_cell(name, folder, base)
+            shutil.rmtree(folder / name, ignore_errors=True)  # a model in full for each cell
             if name == f"{method}-single-1" and "error" not in row:
                 alone[method] = row["tokens_per_second"]
             if method in alone and "error" not in row:

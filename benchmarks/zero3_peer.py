@@ -1,8 +1,9 @@
 """Plain transformers' Trainer under DeepSpeed ZeRO-3, on the rows and the model that `engines.py` trains.
 
-Usage: torchrun --nproc-per-node N benchmarks/zero3_peer.py BASE ROWS.jsonl METHOD STEPS MICRO_BATCH ROWS_PER_GPU
-OUT.json. METHOD is lora or full; the vision tower is frozen, and the projector trains with full. Tokens are
-counted from the attention masks of all processes; rank 0 writes seconds, tokens and peak memory of each step.
+Usage: torchrun --nproc-per-node N benchmarks/zero3_peer.py BASE ROWS.jsonl METHOD STEPS MICRO_BATCH
+ROWS_PER_GPU OUT.json. METHOD is lora or full; the vision tower is frozen, and the projector trains with full.
+Tokens are counted from the attention masks of all processes; rank 0 writes seconds, tokens and peak memory of
+each step.
 """
 
 from __future__ import annotations

@@ -138,13 +138,18 @@ def _set_chat_template(processor: Any, file: str) -> None:
         processor.tokenizer.chat_template = template
 
 
-def empty_model(path: str | Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device: its modules and shapes, no weights read and no memory used."""
+def empty_model(
+    path: str | Path, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model on the meta device: its modules and shapes, no weights read and no memory used.
+
+    With a `dtype` its tensors have the types that they have after loading: not all buffers have the weights'.
+    """
     folder = find_model_folder(path)
     config = load_model_config(folder, trust_remote_code)
     auto_class = _auto_class(config, folder)
     with as_checkpoint_error(folder, "its model cannot be built", SAME_MODEL), torch.device("meta"):
-        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
 
 
 def load_model(settings: ModelConfig, device: str | torch.device = "cpu") -> LoadedModel:
@@ -163,7 +168,7 @@ def load_skeleton(settings: ModelConfig) -> LoadedModel:
     """The same on the meta device, without reading weights: for a rank that is given its share of them."""
     folder = find_model_folder(settings.path)
     processor = load_processor(folder, settings.trust_remote_code, settings.chat_template)
-    model = empty_model(settings.path, settings.trust_remote_code).to(getattr(torch, settings.dtype))
+    model = empty_model(settings.path, settings.trust_remote_code, getattr(torch, settings.dtype))
     model.set_attn_implementation(settings.attention)
     return loaded_model(model.eval(), processor, folder, settings)
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from partwise.config import ModelConfig
+from partwise.engine.receive import tensor_facts
 from partwise.errors import CheckpointError, ConfigError
-from partwise.model.load import empty_model, load_model, load_model_config, load_processor
+from partwise.model.load import empty_model, load_model, load_model_config, load_processor, load_skeleton
 from partwise.tiny import FAMILIES
 
 SAME_MODEL = "Copy both from the same model."
@@ -47,6 +48,15 @@ def change_config(folder, **values):
     file = folder / "config.json"
     config = {**json.loads(file.read_text()), **values}
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_without_weights_has_the_types_of_the_one_that_read_them(family, dtype, tiny_folder):
+    """Rotary frequencies stay float32 beside bfloat16 weights; ranks that disagree cannot share them."""
+    settings = ModelConfig(path=str(tiny_folder(family)), dtype=dtype)
+    read, waiting = load_model(settings).model, load_skeleton(settings).model
+    assert tensor_facts(waiting) == tensor_facts(read)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod."])
