@@ -1,16 +1,19 @@
 """What 8, 64 and 512 GPUs would move and hold per step: predictions by arithmetic, for docs/scaling.md.
 
+The same arithmetic for the GPUs of the rows in results/engines.jsonl stands beside what they measured.
+
 Usage: python benchmarks/scaling.py; writes the tables. It needs neither a GPU nor a model: shapes stand on
 the meta device. A test holds that page and arithmetic agree. Bytes are of one GPU and one step.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from step import GEMMA_3_4B, GEMMA_3_12B
@@ -22,15 +25,20 @@ from partwise.model.plan import resolve_plan
 from partwise.tiny.recipes import gemma3
 
 PAGE = Path(__file__).parents[1] / "docs/scaling.md"
-MARKED = re.compile(r"(<!-- scaling:start -->\n).*?(<!-- scaling:end -->)", re.S)
+RESULTS = Path(__file__).parent / "results/engines.jsonl"
 
 MODELS = {"Gemma-3-4B": GEMMA_3_4B, "Gemma-3-12B": GEMMA_3_12B}
 PLANS = {"full": {"language_model": "full"}, "LoRA": {"language_model": {"mode": "lora", "lora_rank": 16}}}
+MEASURED_PLANS = {
+    "gemma-3-4b image questions, lora": ("Gemma-3-4B", "LoRA"),
+    "gemma-3-4b image questions, full": ("Gemma-3-4B", "full"),
+    "gemma-3-12b image questions, full12b": ("Gemma-3-12B", "full"),
+}
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
 SIZES = (8, 64, 512)
 
 NODE = 8  # GPUs of a node
-NODE_BANDWIDTH = 380e9  # bytes a second and GPU, over NVLink in collectives
+NODE_BANDWIDTH = 260e9  # bytes a second and GPU, over NVLink: results/collectives.jsonl
 NETWORK_BANDWIDTH = 50e9  # bytes a second and GPU, one network card of 400 Gbit/s each
 COMPUTE_RATE = 400e12  # floating-point operations a second and GPU
 GPU_BYTES = 141e9
@@ -95,8 +103,8 @@ def collected(num_bytes: float, num_gpus: int) -> Moved:
 
     A GPU is sent 7/8 of them from its node. What the node lacks comes over its 8 cards, a share over each.
     """
-    num_nodes = num_gpus // NODE
-    return Moved(num_bytes * (NODE - 1) / NODE, num_bytes / NODE * (num_nodes - 1) / num_nodes)
+    in_node, num_nodes = min(NODE, num_gpus), max(1, num_gpus // NODE)
+    return Moved(num_bytes * (in_node - 1) / in_node, num_bytes / NODE * (num_nodes - 1) / num_nodes)
 
 
 def added(*moves: Moved) -> Moved:
@@ -114,9 +122,9 @@ def moved(case: Case, engine: str, num_gpus: int) -> Moved:
     if engine == "zero3":
         return added(collected(gathered, num_gpus), collected(gradients, num_gpus))
     # fsdp: within the node, and an all-reduce of each shard among its copies in the other nodes
-    num_nodes = num_gpus // NODE
+    in_node, num_nodes = min(NODE, num_gpus), max(1, num_gpus // NODE)
     across = 2 * gradients / NODE * (num_nodes - 1) / num_nodes
-    return added(collected(gathered, NODE), collected(gradients, NODE), Moved(0, across))
+    return added(collected(gathered, in_node), collected(gradients, in_node), Moved(0, across))
 
 
 def peak_bytes(case: Case, engine: str, num_gpus: int) -> int:
@@ -156,10 +164,50 @@ def table(model_name: str, plan_name: str) -> str:
     return "\n".join(lines)
 
 
+def measured_table() -> str:
+    """What runs on several GPUs measured beside what the arithmetic says of them, newest row of each."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    newest = {(r["cell"], r["engine"], r.get("contender", "partwise")): r for r in rows if r["num_gpus"] > 1}
+    lines = [
+        "| run | GPUs | tokens/s | of each GPU | scaling | predicted, nothing hidden | GiB | predicted |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(measured_row, newest.values())])
+
+
+def measured_row(row: dict[str, Any]) -> str:
+    count, (model, plan) = row["num_gpus"], MEASURED_PLANS[row["cell"]]
+    alone, is_ours = row.get("scaling"), row.get("contender", "partwise") == "partwise"
+    scaling = f"{alone:.2f}" if alone else ""
+    predicted = ""
+    if alone and is_ours:
+        # The time of one GPU with as many rows, which is that of the computation.
+        compute = row["step_seconds_median"] * alone / count
+        share = compute / (compute + moved(case(model, plan), row["engine"], count).seconds)
+        predicted = f"{count * share:.2f}"
+    told = row.get("predicted_peak_bytes")
+    name = f"{model}, {plan}, `{row['engine']}`" + ("" if is_ours else f" of {row['contender']}")
+    cells = (
+        name,
+        str(count),
+        f"{row['tokens_per_second']:,}",
+        f"{row['tokens_per_second_per_gpu']:,}",
+        scaling,
+        predicted,
+        f"{row['peak_memory_bytes'] / 2**30:.1f}",
+        f"{told / 2**30:.1f}" if told else "",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def page() -> str:
     """docs/scaling.md with the tables as the arithmetic has them."""
-    tables = "\n\n".join(table(model, plan) for model in MODELS for plan in PLANS) + "\n"
-    return MARKED.sub(lambda match: match[1] + tables + match[2], PAGE.read_text())
+    tables = "\n\n".join(table(model, plan) for model in MODELS for plan in PLANS)
+    page = PAGE.read_text()
+    for name, text in (("scaling", tables), ("measured", measured_table())):
+        marked = re.compile(rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)", re.S)
+        page = marked.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
+    return page
 
 
 if __name__ == "__main__":
