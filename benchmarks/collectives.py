@@ -6,7 +6,6 @@ of 20 runs over 1 GiB of bfloat16; `gigabytes_per_second` counts what a GPU rece
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from step import describe_machine
+from step import append_row, describe_machine
 
 NUM_RUNS = 20
 NUM_BYTES = 1 << 30
@@ -45,9 +44,7 @@ def main() -> None:
                 "seconds_median": round(seconds, 6),
                 "gigabytes_per_second": round(received * NUM_BYTES / seconds / 1e9, 1),
             }
-            print(json.dumps(row), flush=True)
-            with Path(sys.argv[1]).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(Path(sys.argv[1]), row)
     dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step import describe_machine
+from benchmarks.step import append_row, describe_machine
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples/digits"
@@ -55,9 +55,7 @@ def main() -> None:
             **run_demo(folder),
             **read_steps(folder / "runs/digits/run/metrics.jsonl"),
         }
-    print(json.dumps(row), flush=True)
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(out, row)
 
 
 def run_demo(folder: Path) -> dict[str, float]:

@@ -23,6 +23,7 @@ from step import (
     GEMMA_3_4B,
     GEMMA_3_12B,
     NUM_WARMUP_STEPS,
+    append_row,
     describe_machine,
     measured_steps,
     read_report,
@@ -80,9 +81,7 @@ def main() -> None:
                 alone[method] = row["tokens_per_second"]
             if method in alone and "error" not in row:
                 row["scaling"] = round(row["tokens_per_second"] / alone[method], 3)
-            print(json.dumps(row), flush=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(out, row)
 
 
 def run_cell(name: str, folder: Path, base: Path) -> dict[str, Any]:

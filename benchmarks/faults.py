@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from step import git_commit
+from step import append_row, git_commit
 
 from partwise import cli, run
 from partwise.config import load_config
@@ -71,9 +71,7 @@ def main() -> None:
         references = {mode: left_alone(folder, mode) for mode in PARTS}
         for name in names:
             row = run_fault(name, times, folder, references)
-            print(json.dumps(row), flush=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(out, row)
 
 
 def write_rows(folder: Path) -> None:

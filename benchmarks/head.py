@@ -9,7 +9,6 @@ error is of gradients, relative to those of cross-entropy on all logits in fp32.
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from step import describe_machine
+from step import append_row, describe_machine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,9 +58,7 @@ def main() -> None:
                 "num_target_tokens": shape.num_rows,
                 **measure(loss, [hidden, *([head.weight] if is_trained else [])], exact),
             }
-            print(json.dumps(row), flush=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(out, row)
 
 
 def ways(hidden: Tensor, targets: Tensor, head: nn.Linear) -> Iterator[tuple[str, Callable[[], Tensor]]]:

@@ -7,7 +7,6 @@ are in the page cache, as they are after a model was saved or loaded.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from step import describe_machine, write_model
+from step import append_row, describe_machine, write_model
 
 from partwise.lineage.checksums import sha256
 from partwise.lineage.fingerprint import weights_fingerprint
@@ -37,18 +36,16 @@ def main() -> None:
             "fingerprint": lambda: weights_fingerprint(files, model),
             "file checksums": lambda: [sha256(file) for file in files],
         }
-        with out.open("a") as opened:
-            for name, run in cells.items():
-                row = {
-                    "cell": f"{'tiny gemma-3' if is_tiny else 'gemma-3-4b'}, {name}",
-                    "command": f"python benchmarks/lineage.py OUT.jsonl{' --tiny' if is_tiny else ''}",
-                    **describe_machine(),
-                    "num_bytes": sum(file.stat().st_size for file in files),
-                    "num_cores": os.cpu_count(),
-                    **timed(run),
-                }
-                print(json.dumps(row), flush=True)
-                opened.write(json.dumps(row) + "\n")
+        for name, run in cells.items():
+            row = {
+                "cell": f"{'tiny gemma-3' if is_tiny else 'gemma-3-4b'}, {name}",
+                "command": f"python benchmarks/lineage.py OUT.jsonl{' --tiny' if is_tiny else ''}",
+                **describe_machine(),
+                "num_bytes": sum(file.stat().st_size for file in files),
+                "num_cores": os.cpu_count(),
+                **timed(run),
+            }
+            append_row(out, row)
 
 
 def timed(run: Callable[[], object]) -> dict[str, object]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from step import describe_machine, write_model
+from step import append_row, describe_machine, write_model
 
 from partwise.config import load_config
 from partwise.model.parts import set_train_mode
@@ -78,9 +78,7 @@ def main() -> None:
             write_rows(folder, length, num_words)
         for name in names:
             row = run_cell(name, folder)
-            print(json.dumps(row), flush=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(out, row)
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -9,7 +9,6 @@ for "gemma-3-4b full" 64 GB, and its copy takes 75 GB of host memory. One JSON l
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 import statistics
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 from memory import write_rows
-from step import describe_machine, write_model
+from step import append_row, describe_machine, write_model
 
 from partwise.config import load_config
 from partwise.lineage.manifest import stamp_manifest
@@ -55,9 +54,7 @@ def main() -> None:
         write_rows(folder, "short", 200)
         for name in names:
             row = run_cell(name, folder)
-            print(json.dumps(row), flush=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(out, row)
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -103,9 +103,7 @@ def main() -> None:
         write_rows(folder)
         for name in names:
             row = run_cell(name, folder)
-            print(json.dumps(row), flush=True)
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(out, row)
 
 
 def write_model(folder: Path, shape: dict | None = None, family: str = "gemma3") -> None:
@@ -221,6 +219,13 @@ def told_by_report(run: Path) -> dict:
         "verify_relative_error": findings.get("verify", {}).get("relative_error"),
         "verify_device": findings.get("verify", {}).get("device"),
     }
+
+
+def append_row(out: Path, row: dict) -> None:
+    """Print a result, and append it to a file of results as a line of JSON."""
+    print(json.dumps(row), flush=True)
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def describe_machine() -> dict:
