@@ -27,7 +27,7 @@ from partwise.errors import CheckpointError, ConfigError, TrainingError
 from partwise.lineage.manifest import read_manifest
 from partwise.lineage.publish import replace_folder
 from partwise.lineage.verify import start_verification
-from partwise.model.compile import compile_layers
+from partwise.model.compile import compile_layers, forget_compiled
 from partwise.model.load import LoadedModel
 from partwise.model.memory import recompute_layers
 from partwise.model.quantize import quantization_of
@@ -161,6 +161,8 @@ def train_with(engine: Engine, config: Config, resume: bool, console: Console | 
             break
         ranks.barrier()  # until the first has written the checkpoint
         checkpoint, finished = checkpoint_folder(folder, manifest["step"]), finished_stages(manifest)
+        if runs_compiled(engine.name) and stage.compiles:
+            forget_compiled()
         loaded, engine = None, make_engine(engine.name, ranks, config.train.offload_optimizer)
         free_memory()
     job, final = stage, folder / "final"

@@ -45,7 +45,7 @@ def find_named(check: Check, stage: Context) -> list[Finding]:
 
 
 def forecast(context: Context, findings: Iterable[Finding]) -> Table | None:
-    """What each stage trains, and takes; None where there are no stages."""
+    """What each stage trains, and what it takes, and all of them; None where there are no stages."""
     if not context.job.stages[0].name:
         return None
     table, found = Table(), list(findings)
@@ -53,9 +53,9 @@ def forecast(context: Context, findings: Iterable[Finding]) -> Table | None:
     table.add_column("trains")
     for name in ("steps", "trainable", "memory", "time"):
         table.add_column(name, justify="right", no_wrap=True)
-    for stage in context.stages:
-        peak = value_of(found, "memory", stage, "peak_bytes")
-        seconds = value_of(found, "time", stage, "seconds")
+    peaks = [value_of(found, "memory", stage, "peak_bytes") for stage in context.stages]
+    times = [value_of(found, "time", stage, "seconds") for stage in context.stages]
+    for stage, peak, seconds in zip(context.stages, peaks, times, strict=True):
         table.add_row(
             stage.job.name,
             ", ".join(trained(stage)),
@@ -64,6 +64,15 @@ def forecast(context: Context, findings: Iterable[Finding]) -> Table | None:
             "?" if peak is None else format_bytes(peak),
             "?" if seconds is None else format_seconds(seconds),
         )
+    table.add_section()
+    table.add_row(
+        "all",
+        "",
+        f"{context.job.num_steps:,}",
+        format_count(sum(part.num_trainable for part in context.job.plan.parts)),
+        "?" if None in peaks else format_bytes(max(filter(None, peaks), default=0)),
+        "?" if None in times else format_seconds(sum(filter(None, times))),
+    )
     return table
 
 
