@@ -151,8 +151,7 @@ def check_stages(config: Config) -> Iterator[Fault]:
     if len(given) > 1:
         yield Fault(
             given[1],
-            f"{given[1]} beside {given[0]} ({config.where(given[0])}): each says which parts train when. "
-            "Keep one of them.",
+            f"{given[1]} beside {given[0]}: each says which parts train when. Keep one of them.",
         )
     if not given:
         return

@@ -125,8 +125,7 @@ def test_unfreeze_opens_layers_from_one_end():
     [
         (
             STAGES + "schedule: progressive\n",
-            "c.yaml:16: schedule beside stages (c.yaml:6): each says which parts train when. Keep one of "
-            "them.",
+            "c.yaml:16: schedule beside stages: each says which parts train when. Keep one of them.",
         ),
         (
             STAGES.replace("steps: 3", "steps: 3, until: stable"),
