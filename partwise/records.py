@@ -216,6 +216,7 @@ class PartPlan:
 
     `trainable` are the names after adapters were added. `held` are parameters that the mode would open
     but that stay frozen, each with its reason. `lora_targets` are the modules that get an adapter.
+    `rate_fractions` are those of the learning rate that a tensor trains at, where layers have unlike ones.
     """
 
     part: str
@@ -231,6 +232,7 @@ class PartPlan:
     lora: LoraSettings | None = None
     lora_targets: tuple[str, ...] = ()
     quantization: Quantization | None = None
+    rate_fractions: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

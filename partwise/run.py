@@ -18,29 +18,42 @@ from rich.console import Console
 
 from partwise.config import Config, dump_config
 from partwise.engine.choose import make_engine, needs_group, runs_compiled
+from partwise.engine.device import free_memory
 from partwise.engine.join import connected_alone, joined
 from partwise.engine.launch import choose_num_processes, let_segments_grow, resolve_engine, started_ranks
 from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 from partwise.errors import CheckpointError, ConfigError, TrainingError
+from partwise.lineage.manifest import read_manifest
 from partwise.lineage.publish import replace_folder
 from partwise.lineage.verify import start_verification
-from partwise.model.compile import compile_layers
+from partwise.model.compile import compile_layers, forget_compiled
 from partwise.model.load import LoadedModel
 from partwise.model.memory import recompute_layers
 from partwise.model.quantize import quantization_of
-from partwise.preflight import CHECKS, MODEL_CHECKS, Context, collect_findings, has_errors, select_checks
+from partwise.preflight import (
+    CHECKS,
+    MODEL_CHECKS,
+    Context,
+    collect_findings,
+    find,
+    has_errors,
+    select_checks,
+)
 from partwise.preflight.memory import chosen_share, fits_alone
 from partwise.preflight.resume import find_start
+from partwise.preflight.stages import find_named, forecast
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
-from partwise.training.checkpoint import model_state, save_final, torn_checkpoints
+from partwise.training.checkpoint import checkpoint_folder, model_state, save_final, torn_checkpoints
 from partwise.training.fill import fill_cache
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.plots import plot_runs
 from partwise.training.probe import probe_examples, take_probe
 from partwise.training.proof import add_to_report
+from partwise.training.span import Finished, finished_stages
+from partwise.training.stages import open_job
 
 CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
@@ -72,14 +85,18 @@ def check(
     cheap, dear = select_checks(only, skip)
     number = choose_num_processes(config.engine, num_processes)
     engine = resolve_engine(config.engine, number)
-    context = Context(Job(config, only_looks=True), None if full else CHECKED_ROWS, engine, number)
+    context = Context(open_job(config, only_looks=True), None if full else CHECKED_ROWS, engine, number)
     findings = collect_findings(context, cheap)
     if not has_errors(findings):
         show_plan(context.job, console)
-        if (number == 1 and not config.train.offload_optimizer) or fits_alone(context):
-            findings += collect_findings(context, dear)
-        else:
-            findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
+        for stage in context.stages:
+            if (number == 1 and not config.train.offload_optimizer) or fits_alone(stage):
+                findings += collect_findings(stage, dear)
+            else:
+                findings += find_named(unchecked, stage)
+            if len(context.stages) > 1:
+                stage.let_go()
+        show_forecast(context, findings, console)
     if report:
         write_report(report, findings)
     console.print(findings_text(findings), end="")
@@ -96,7 +113,7 @@ def cache(config: Config, console: Console | None = None) -> Path:
         DataError: a row or an image cannot be used.
         TrainingError: the disk refuses.
     """
-    job = Job(config)
+    job = open_job(config)
     if job.store is None:
         raise ConfigError("there is no data.feature_cache. Name a folder: data.feature_cache=FOLDER.")
     fill_cache(job, console or Console(quiet=True), again=True)
@@ -129,21 +146,29 @@ def train_with(engine: Engine, config: Config, resume: bool, console: Console | 
     """`train`, once the processes are connected."""
     ranks = engine.ranks
     console = (console if ranks.is_first else None) or Console(quiet=True)
-    job, folder = Job(config, ranks), Path(config.output)
-    start = None
+    job, folder = open_job(config, ranks), Path(config.output)
+    start, loaded = None, None
     if ranks.is_first:
-        start = prepare(job, engine, folder, resume, console)
+        start, loaded = prepare(job, engine, folder, resume, console)
     else:
         fill_cache(job, console)
-    checkpoint, manifest, share = ranks.from_first(
-        start and (start.checkpoint, start.manifest, start.recomputed_share)
-    )
-    loaded = start.loaded if start else open_for(job, engine)
-    manifest = train_opened(job, engine, loaded, share, manifest, checkpoint, console)
-    final = folder / "final"
-    state = model_state(loaded, job.plan, engine)
+    checkpoint, manifest, shares, finished = ranks.from_first(start)
+    while True:
+        stage = job.stage_after(finished, checkpoint)
+        loaded = loaded or open_for(stage, engine)
+        manifest = train_opened(stage, engine, loaded, shares[stage.index], manifest, checkpoint, console)
+        if stage.span.is_last:
+            break
+        ranks.barrier()  # until the first has written the checkpoint
+        checkpoint, finished = checkpoint_folder(folder, manifest["step"]), finished_stages(manifest)
+        if runs_compiled(engine.name) and stage.compiles:
+            forget_compiled()
+        loaded, engine = None, make_engine(engine.name, ranks, config.train.offload_optimizer)
+        free_memory()
+    job, final = stage, folder / "final"
+    state = model_state(loaded, job.whole_plan, engine)
     if ranks.is_first:
-        save_final(folder, loaded, job.plan, manifest, state)
+        save_final(folder, loaded, job.whole_plan, manifest, state)
         plot_runs([folder])
     del state
     console.print(f"wrote {final}")
@@ -181,21 +206,25 @@ def train_opened(
         checkpoint,
         console,
         engine,
+        job.span,
+        job.whole_plan,
     )
 
 
 class Start(NamedTuple):
-    """What the first rank found: where to go on from, what the checkpoints are, the model, and the share of
-    its layers that is recomputed."""
+    """What the first rank found: where to go on from, what the checkpoints are, the share of layers that each
+    stage recomputes, and the stages that had ended."""
 
     checkpoint: Path | None
     manifest: dict[str, Any]
-    loaded: LoadedModel
-    recomputed_share: float
+    recomputed_shares: list[float]
+    finished: list[Finished]
 
 
-def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Console) -> Start:
-    """All checks, and the run folder once they have passed.
+def prepare(
+    job: Job, engine: Engine, folder: Path, resume: bool, console: Console
+) -> tuple[Start, LoadedModel | None]:
+    """All checks, and the run folder once they have passed; where to start, and the model if it is open.
 
     Raises:
         UserError: as the checks say.
@@ -205,7 +234,7 @@ def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Conso
     for torn in torn_checkpoints(folder):
         console.print(f"passed over: {torn}, torn by a kill; the next checkpoint sweeps it")
     context = Context(job, CHECKED_ROWS_BEFORE_TRAINING, engine.name, engine.num_sharing)
-    findings = [finding for check in CHECKS for finding in check(context)]
+    findings = [finding for check in CHECKS for finding in find(check, context)]
     show_plan(job, console)
     if engine.ranks.size > 1:
         console.print(f"engine {engine.name} on {engine.ranks.size} processes")
@@ -213,21 +242,37 @@ def prepare(job: Job, engine: Engine, folder: Path, resume: bool, console: Conso
         if has_errors(findings):
             refuse_errors(findings, console)
         fill_cache(job, console)
-    fits = not engine.shards_weights or fits_alone(context)
-    findings += [finding for check in MODEL_CHECKS if fits for finding in check(context)]
-    if not fits:
-        findings.append(Finding("step", "info", UNCHECKED, config.where("engine")))
+    # The first stage last: its model stays open for the training.
+    for stage in reversed(context.stages):
+        fits = not engine.shards_weights or fits_alone(stage)
+        for check in MODEL_CHECKS if fits else [unchecked]:
+            findings += find_named(check, stage)
+        if stage is not context.stages[0]:
+            stage.let_go()
     refuse_errors(findings, console)
+    show_forecast(context, findings, console)
     write_run_folder(folder, job, findings)
     if resume:
         console.print(f"resuming from {checkpoint or 'the start: there is no whole checkpoint'}")
-    loaded = context.loaded if fits else job.open_model(torch.device("cpu"))
-    return Start(checkpoint, job.manifest, loaded, chosen_share(context))
+    shares = [chosen_share(stage) for stage in context.stages]
+    saved = read_manifest(checkpoint) if checkpoint else None
+    start = Start(checkpoint, job.manifest, shares, finished_stages(saved))
+    if checkpoint and len(context.stages) > 1:
+        context.stages[0].let_go()
+        return start, None
+    first = context.stages[0]
+    return start, first.loaded if fits else first.job.open_model(torch.device("cpu"))
+
+
+def unchecked(context: Context) -> list[Finding]:
+    return [Finding("step", "info", UNCHECKED, context.config.where("engine"))]
 
 
 def open_for(job: Job, engine: Engine) -> LoadedModel:
-    """The model on a rank that did not check it."""
-    return job.open_skeleton() if engine.shards_weights else job.open_model()
+    """The model, where no check has opened it."""
+    if not engine.shards_weights:
+        return job.open_model()
+    return job.open_model(torch.device("cpu")) if engine.ranks.is_first else job.open_skeleton()
 
 
 def verify_final(final: Path, job: Job, loaded: LoadedModel, engine: Engine, console: Console) -> None:
@@ -274,15 +319,30 @@ def show_plan(job: Job, console: Console) -> None:
         console.print(line)
 
 
+def show_forecast(context: Context, findings: list[Finding], console: Console) -> None:
+    if (table := forecast(context, findings)) is not None:
+        console.print(table)
+
+
 def write_run_folder(folder: Path, job: Job, findings: list[Finding]) -> None:
     """config.yaml, plan.json and report.json, before the first step."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(job.config))
-        (folder / "plan.json").write_text(json.dumps(asdict(job.plan), indent=2) + "\n")
+        (folder / "plan.json").write_text(json.dumps(told_plan(job), indent=2) + "\n")
         (folder / "report.json").write_text(report_text(findings))
     except OSError as error:
         raise TrainingError(f"{folder} cannot be written: {error}. Choose another output.") from error
+
+
+def told_plan(job: Job) -> dict[str, Any]:
+    """The plan; where there are stages that of all together, and those of each."""
+    plan = asdict(job.plan)
+    if job.stages[0] is not job:
+        plan["stages"] = [
+            {"name": stage.name, "num_steps": stage.num_steps, **asdict(stage.plan)} for stage in job.stages
+        ]
+    return plan
 
 
 def write_report(path: Path, findings: Sequence[Finding]) -> None:

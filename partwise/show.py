@@ -25,6 +25,7 @@ from partwise.preflight import CHECKS, MODEL_CHECKS, check_id
 from partwise.records import Dropped
 from partwise.tables import format_count, held_lines, plan_table
 from partwise.training.job import Job
+from partwise.training.stages import open_job
 
 # How many rows a page shows when none is chosen.
 PAGE_ROWS = 8
@@ -63,13 +64,15 @@ def print_parts(source: str, trust_remote_code: bool, console: Console) -> None:
 
 
 def print_plan(config: Config, console: Console) -> None:
-    """What each part of the config's model does."""
-    plan = Job(config).plan
+    """What each part of the config's model does, in each stage."""
     if config.expanded_flags:
         console.print(config.expanded_flags)
-    console.print(plan_table(plan))
-    for line in held_lines(plan):
-        console.print(line)
+    for stage in open_job(config).stages:
+        if stage.name:
+            console.print(f'stage "{stage.name}", {stage.num_steps} steps', highlight=False, markup=False)
+        console.print(plan_table(stage.plan))
+        for line in held_lines(stage.plan):
+            console.print(line)
 
 
 def print_lineage(folder: Path, verify: bool, picture: Path | None, console: Console) -> None:

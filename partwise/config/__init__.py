@@ -5,6 +5,7 @@ rules.py the rules between them, tree.py joins them; `python -m partwise.config`
 """
 
 from partwise.config.sections import DataConfig, ModelConfig, PartConfig, PartsConfig, TrainConfig
+from partwise.config.stages import StableConfig
 from partwise.config.tree import Config, config_schema, dump_config, load_config
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ModelConfig",
     "PartConfig",
     "PartsConfig",
+    "StableConfig",
     "TrainConfig",
     "config_schema",
     "dump_config",

@@ -19,6 +19,8 @@ from pydantic_core import ErrorDetails
 from partwise.config.document import Fault
 
 SectionTypes = Mapping[str, type[BaseModel]]
+# What stands for a place in a list, in the name of a section.
+ANY_ITEM = "*"
 
 _TYPE_TEXTS = {
     "string_type": "is not text; put it in quotes",
@@ -67,6 +69,11 @@ def explain_errors(error: ValidationError, sections: SectionTypes, tags: Collect
         yield Fault(key, f"{key}: {_explain(details, key, sections)}")
 
 
+def key_names(section: type[BaseModel]) -> list[str]:
+    """As a config writes them."""
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
 def show_value(value: Any) -> str:
     """The value as YAML and JSON both write it, shortened."""
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -87,6 +94,10 @@ def _suggest_key(name: str, section: str, keys: Mapping[str, Collection[str]]) -
 
 def _explain(details: ErrorDetails, key: str, sections: SectionTypes) -> str:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        section, _, name = re.sub(r"\.\d+\b", f".{ANY_ITEM}", key).rpartition(".")
+        names = {home: key_names(section) for home, section in sections.items()}
+        return f"unknown key. {_suggest_key(name, section, names)}"
     if kind == "missing":
         return f"missing. {_describe(key, sections)}"
     if kind == "value_error":

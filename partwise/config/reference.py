@@ -30,6 +30,18 @@ They may stand at the top level instead of `parts`, and are short for it: `partw
 the result. `parts` and flags together are an error unless both mean the same; so are flags that contradict
 each other, and a flag for a part that the model does not have.
 """
+_STAGES_INTRODUCTION = """\
+## Stages
+
+`stages` is a list; each item has these keys. docs/stages.md tells what they do.
+"""
+_STAGE_TABLES = {
+    "A stage": "StageConfig",
+    "A part in a stage": "StagePartConfig",
+    "until of a stage": "StableConfig",
+    "data of a stage": "StageDataConfig",
+    "unfreeze, at the top level": "UnfreezeConfig",
+}
 _FLAG_ROWS: tuple[dict[str, bool], ...] = (
     {},
     {"freeze_multi_modal_projector": False},
@@ -55,6 +67,10 @@ def write_reference(schema: Mapping[str, Any]) -> str:
         if name == "parts":
             part = schema["$defs"]["PartConfig"]
             tables += ["### Settings of a part\n", _table(part["properties"], part["required"])]
+    tables.append(_STAGES_INTRODUCTION)
+    for title, name in _STAGE_TABLES.items():
+        definition = schema["$defs"][name]
+        tables += [f"### {title}\n", _table(definition["properties"], definition.get("required", ()))]
     return "\n".join([*tables, _FLAGS_INTRODUCTION, _table(FLAGS, ()), _expansions()])
 
 
@@ -83,7 +99,10 @@ def _type(field: Mapping[str, Any]) -> str:
     if members := field.get("anyOf") or field.get("oneOf"):
         return " or ".join(_type(member) for member in members if member.get("type") != "null")
     if "$ref" in field:
-        return "settings" if field["$ref"].endswith("/PartConfig") else "section"
+        is_alternative = field["$ref"].endswith(("/PartConfig", "/StagePartConfig", "/StableConfig"))
+        return "settings" if is_alternative else "section"
+    if "additionalProperties" in field:
+        return "settings of parts by name"
     if "enum" in field:
         return ", ".join(f"`{choice}`" for choice in field["enum"])
     if field["type"] == "array":

@@ -99,7 +99,7 @@ def check_evaluation(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
 
 
 _NEEDS_LORA = tuple(name for name in PartConfig.model_fields if name.startswith(("lora_", "use_")))
-_NEEDS_TRAINING = ("learning_rate", "weight_decay", "layers")
+_NEEDS_TRAINING = ("learning_rate", "weight_decay", "layers", "layer_decay")
 # PEFT's adapter format holds one value of each for all adapters of a model.
 _ONE_PER_ADAPTER = ("lora_dropout", "use_rslora", "use_dora")
 

@@ -60,6 +60,13 @@ class PartConfig(Section):
     layers: str | None = Field(
         None, description='Range of layers that train, as a Python slice: "-12:" is the last twelve.'
     )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Each layer trains at this fraction of the rate of the layer above it; what lies below "
+        "all layers at that of the lowest, times this once more.",
+    )
     lora_rank: int = Field(16, ge=1, description="Rank of the adapters.")
     lora_alpha: float | None = Field(None, gt=0, description="Scale is alpha / rank; default is 2 * rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
@@ -80,11 +87,16 @@ class PartConfig(Section):
     @field_validator("layers", mode="before")
     @classmethod
     def _check_layers(cls, value: Any) -> Any:
-        if value is None or (isinstance(value, str) and re.fullmatch(r"-?\d+:(-?\d+)?|:-?\d+", value)):
-            return value
-        raise ValueError(
-            'is not a range of layers. Write a slice in quotes: "-12:" (the last twelve), ":4", "2:8".'
-        )
+        return layer_range(value)
+
+
+def layer_range(value: Any) -> Any:
+    """The value, if it is a range of layers. Raises: ValueError."""
+    if value is None or (isinstance(value, str) and re.fullmatch(r"-?\d+:(-?\d+)?|:-?\d+", value)):
+        return value
+    raise ValueError(
+        'is not a range of layers. Write a slice in quotes: "-12:" (the last twelve), ":4", "2:8".'
+    )
 
 
 PartSettings = Annotated[
@@ -92,7 +104,7 @@ PartSettings = Annotated[
     Discriminator(lambda value: "settings" if isinstance(value, Mapping | PartConfig) else "a mode"),
 ]
 # The names of union members: pydantic puts them into an error's location.
-TAGS = ("one file", "files", "a mode", "settings")
+TAGS = ("one file", "files", "a mode", "settings", "parts by name", "names", "a word", "[key]")
 
 
 class PartsConfig(Section):

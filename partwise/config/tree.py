@@ -21,7 +21,7 @@ from partwise.config.document import (
     read_document,
     write_yaml,
 )
-from partwise.config.faults import explain_errors, split_unknown
+from partwise.config.faults import ANY_ITEM, explain_errors, key_names, split_unknown
 from partwise.config.flags import (
     FLAGS,
     USUAL_FLAGS,
@@ -48,6 +48,14 @@ from partwise.config.sections import (
     Section,
     TrainConfig,
 )
+from partwise.config.stages import (
+    StableConfig,
+    StageConfig,
+    StageDataConfig,
+    StagePartConfig,
+    UnfreezeConfig,
+    check_stages,
+)
 from partwise.errors import ConfigError, PlanError
 from partwise.records import PART_NAMES
 
@@ -61,6 +69,15 @@ class Config(Section):
         "auto",
         description="How several processes share the work: ddp copies the model, zero2 shards masters, "
         "moments and gradients, fsdp and zero3 also the weights; auto is ddp, or single for one process.",
+    )
+    schedule: Literal["progressive"] | None = Field(
+        None,
+        description="progressive: the language model first, then the projector with it, then the towers, as "
+        "far as parts opens them; each stage has its share of the run's steps.",
+    )
+    stages: list[StageConfig] | None = Field(None, description="The stages of the run, one after another.")
+    unfreeze: UnfreezeConfig | None = Field(
+        None, description="Stages that open a part's layers one group after another."
     )
     output: str = Field(min_length=1, description="The run folder. Relative to the working directory.")
 
@@ -88,8 +105,15 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "parts": PartsConfig,
     **{f"parts.{part}": PartConfig for part in reversed(PART_NAMES)},
+    "unfreeze": UnfreezeConfig,
+    f"stages.{ANY_ITEM}": StageConfig,
+    **{f"stages.{ANY_ITEM}.parts.{part}": StagePartConfig for part in PART_NAMES},
+    f"stages.{ANY_ITEM}.until": StableConfig,
+    f"stages.{ANY_ITEM}.data": StageDataConfig,
 }
-_KEYS = {name: [*section.model_fields, *(() if name else FLAGS)] for name, section in SECTIONS.items()}
+
+
+_KEYS = {name: [*key_names(section), *(() if name else FLAGS)] for name, section in SECTIONS.items()}
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -120,9 +144,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to an equal Config, defaults written out."""
-    values = config.model_dump(mode="json", exclude_none=True)
+    values = config.model_dump(mode="json", exclude_none=True, by_alias=True)
     # A default that is written out would be a setting for the mode, and not every mode has every setting.
     values["parts"] = config.parts.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    if config.stages is not None:
+        stages = [stage.model_dump(mode="json", exclude_unset=True) for stage in config.stages]
+        values["stages"] = stages
     return write_yaml(values)
 
 
@@ -175,6 +202,7 @@ def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> 
         *check_engine(config.engine, config.parts, config.train),
         *check_evaluation(config.train, config.data),
         *check_features(config.data, config.parts),
+        *check_stages(config),
     ]
     return config
 

@@ -30,8 +30,8 @@ from partwise.records import Conversation, Example, StepData
 class StepLoader:
     """One optimizer step's data after the other, for one of `num_ranks` ranks.
 
-    Steps count from 0 and run on over the epochs. `global_batch_size` is of all ranks, `micro_batch_size` of
-    one; with `packs`, those say how much a micro-batch holds.
+    Steps count from `start`, that of the first row, and run on over the epochs. `global_batch_size` is of
+    all ranks, `micro_batch_size` of one; with `packs`, those say how much a micro-batch holds.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class StepLoader:
         rank: int = 0,
         num_ranks: int = 1,
         packs: PackFormat | None = None,
+        start: int = 0,
     ) -> None:
         self.rows = rows
         self.chat_format = chat_format
@@ -59,6 +60,7 @@ class StepLoader:
         self.rank = rank
         self.num_ranks = num_ranks
         self.packs = packs
+        self.start = start
 
     @property
     def steps_per_epoch(self) -> int:
@@ -75,7 +77,7 @@ class StepLoader:
 
     def step_rows(self, step: int) -> list[int]:
         """Which rows the step holds, as indices into `rows`: those of all ranks."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = divmod(step - self.start, self.steps_per_epoch)
         first = position * self.global_batch_size
         rows = range(first, min(first + self.global_batch_size, len(self.rows)))
         if not self.shuffle:

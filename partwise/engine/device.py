@@ -6,6 +6,7 @@ changes nothing, and a resumed run draws what the uninterrupted one did.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import resource
@@ -64,6 +65,14 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> None:
+    """Give back what nothing holds any more, and count the peak anew: before a model is opened again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def host_memory_bytes() -> int:

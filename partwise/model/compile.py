@@ -45,6 +45,11 @@ def compile_layers(model: PreTrainedModel, backend: str | Callable = "inductor")
                 block.compile(dynamic=True, backend=backend)
 
 
+def forget_compiled() -> None:
+    """Let go of all graphs, and of the models that they hold: the variants of the next model count anew."""
+    torch.compiler.reset()
+
+
 def uncompiled() -> AbstractContextManager[None]:
     """A block in which modules run as they are written, so that hooks inside of layers are called."""
     return torch.compiler.set_stance("force_eager")

@@ -123,11 +123,14 @@ class Footprint:
         return next(fitting, 0)
 
 
-def planned_model(settings: ModelConfig, plan: PartsPlan) -> PreTrainedModel:
-    """The model of the run on the meta device: its weight type, its adapters, and what trains."""
+def planned_model(settings: ModelConfig, plan: PartsPlan, whole: PartsPlan | None = None) -> PreTrainedModel:
+    """The model of the run on the meta device: its weight type, its adapters, and what trains.
+
+    `whole` is the plan of all stages where this is one of several.
+    """
     model = empty_model(settings.path, settings.trust_remote_code)
     model = model.to(getattr(torch, settings.dtype))
-    apply_plan(model, plan)
+    apply_plan(model, plan, whole)
     return model
 
 

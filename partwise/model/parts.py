@@ -40,18 +40,21 @@ __all__ = [
 ]
 
 
-def apply_plan(model: PreTrainedModel, plan: PartsPlan) -> None:
+def apply_plan(model: PreTrainedModel, plan: PartsPlan, whole: PartsPlan | None = None) -> None:
     """Adds the adapters, opens exactly the planned tensors, and puts frozen parts in eval mode.
+
+    `whole` is the plan of all stages where this is one of several: the adapters are those of all.
 
     Raises: PlanError where the model already has adapters, or the result is not the plan.
     """
-    if any(part.lora for part in plan.parts):
+    whole = whole or plan
+    if whole.has_adapters:
         if getattr(model, "peft_config", None):
             raise PlanError("the model already has adapters. Merge them first, or load the model anew.")
         from peft import inject_adapter_in_model
 
         # Without modules_to_save: parts in mode full train in place and keep their names.
-        inject_adapter_in_model(_lora_config(plan), model)
+        inject_adapter_in_model(_lora_config(whole), model)
     trainable = set(plan.trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)

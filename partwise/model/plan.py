@@ -30,14 +30,18 @@ NOT_IN_AN_ADAPTER = (
 )
 
 
-def resolve_plan(model: PreTrainedModel, config: Config) -> PartsPlan:
+def resolve_plan(model: PreTrainedModel, config: Config, whole: PartsPlan | None = None) -> PartsPlan:
     """The plan of this config for this model. A part that the config does not name stays frozen.
+
+    `whole` is the plan of all stages, where this is one of several: what an adapter folder cannot hold does
+    not train in any of them.
 
     Raises: PlanError where a part, mode, range or target does not fit the model, or nothing would train.
     """
     found = find_parts(model)
     _check_names(config, found)
     uses_lora = any(s.mode == "lora" for part in found if (s := config.parts.settings(part)))
+    uses_lora = uses_lora or (whole is not None and whole.has_adapters)
     parts = tuple(_plan_part(model, part, config, uses_lora) for part in found.values())
     plan = PartsPlan(parts)
     if not plan.trainable:
@@ -84,6 +88,7 @@ def _plan_part(model: PreTrainedModel, found: FoundPart, config: Config, uses_lo
         lora=_lora_settings(settings) if settings.mode == "lora" else None,
         lora_targets=tuple(opened.targets),
         quantization=_quantization(model, found, settings, where),
+        rate_fractions=_rate_fractions(found, opened.trainable, settings.layer_decay, where),
     )
 
 
@@ -174,7 +179,7 @@ def _names_in_range(found: FoundPart, text: str | None, where: str) -> list[str]
         raise PlanError(f'{where}.layers: "{text}": {found.part} has no layers. Remove layers.')
     num = len(found.layers)
     try:
-        indices = parse_layers(text, num)
+        indices = sorted({index for each in text.split(",") for index in parse_layers(each, num)})
     except ValueError as error:
         raise PlanError(
             f'{where}.layers: "{text}" {error}: {found.part} has {num} layers, 0 to {num - 1}. '
@@ -182,6 +187,29 @@ def _names_in_range(found: FoundPart, text: str | None, where: str) -> list[str]
         ) from None
     chosen = [found.layers[i][1] for i in indices]
     return [name for name in found.parameter_names if any(contains(path, name) for path in chosen)]
+
+
+def _rate_fractions(
+    found: FoundPart, names: Iterable[str], decay: float | None, where: str
+) -> dict[str, float]:
+    """The fraction of the part's rate that each tensor has: `decay` once for each layer above its own.
+
+    What the model has before its layers, such as embeddings, counts as one more layer below them; what comes
+    after them, such as the last norm, has the whole rate. Source: ULMFiT (arXiv 1801.06146).
+    """
+    if decay is None:
+        return {}
+    if not found.layers:
+        raise PlanError(f"{where}.layer_decay: {decay:g}: {found.part} has no layers. Remove layer_decay.")
+    paths, fractions = [path for _, path in found.layers], {}
+    depth, below = {path: len(paths) - 1 - index for index, path in enumerate(paths)}, len(paths)
+    for name in found.parameter_names:
+        path = deepest_path(name, paths)
+        below = below if path is None else 0
+        fractions[name] = decay ** (below if path is None else depth[path])
+    # An adapter has the rate of the weight that it is on.
+    of_layer = {path: decay ** depth[path] for path in paths}
+    return {n: fractions[n] if n in fractions else of_layer[deepest_path(n, paths) or ""] for n in names}
 
 
 def _lora_targets(

@@ -26,6 +26,7 @@ from partwise.preflight.plan import check_plan
 from partwise.preflight.precision import check_precision
 from partwise.preflight.resume import check_resume
 from partwise.preflight.rows import check_rows, check_targets, check_template
+from partwise.preflight.stages import find_all
 from partwise.preflight.step import check_step
 from partwise.preflight.text import check_bos, check_end_of_turn, check_lengths, check_overlong
 from partwise.preflight.time import check_time
@@ -59,9 +60,28 @@ CHECKS: list[Check] = [
     check_features,
     check_memory,
 ]
+# Of what is the same in all stages of a run.
+RUN_CHECKS: list[Check] = [
+    check_config,
+    check_packages,
+    check_output,
+    check_model,
+    check_resume,
+    check_lineage,
+    check_disk,
+]
 MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_time]
 
-__all__ = ["CHECKS", "MODEL_CHECKS", "Context", "check_id", "collect_findings", "has_errors", "select_checks"]
+__all__ = [
+    "CHECKS",
+    "MODEL_CHECKS",
+    "Context",
+    "check_id",
+    "collect_findings",
+    "find",
+    "has_errors",
+    "select_checks",
+]
 
 
 def check_id(check: Check) -> str:
@@ -93,11 +113,16 @@ def collect_findings(context: Context, checks: Sequence[Check]) -> list[Finding]
     findings: list[Finding] = []
     for check in checks:
         try:
-            findings += check(context)
+            findings += find(check, context)
         except UserError as error:
             if all(finding.message != str(error) for finding in findings):
                 findings.append(Finding(check_id(check), "error", str(error)))
     return findings
+
+
+def find(check: Check, context: Context) -> list[Finding]:
+    """What the check says of the run, or of each of its stages. Raises: UserError: as the check."""
+    return find_all(check, context, of_stage=check not in RUN_CHECKS, of_rows=check in ROW_CHECKS)
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:

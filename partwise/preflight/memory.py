@@ -253,8 +253,9 @@ def rows_fix(context: Context, config: Config, footprint: Footprint, limit: int,
 
 
 def config_footprint(context: Context, config: Config, row: RowShape) -> Footprint:
-    plan = resolve_plan(context.job.empty_model, config)
-    model = planned_model(config.model, plan)
+    plan = resolve_plan(context.job.empty_model, config, context.job.whole_plan)
+    whole = None if config.parts != context.config.parts else context.job.whole_plan
+    model = planned_model(config.model, plan, whole)
     if context.job.cut is not None:
         replace_tower(model, context.job.cut)
         row = replace(row, num_tiles=0)

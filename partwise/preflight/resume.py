@@ -117,8 +117,10 @@ def find_start(folder: Path, config: Config, resume: bool) -> Path | None:
 def changed_keys(old: Config, new: Config) -> Iterator[str]:
     """ "train.seed was 0, is 1" for each key that differs and changes what is learned."""
     before, after = flatten(old.model_dump()), flatten(new.model_dump())
+    # Which steps are logged decides when a stage is stable.
+    decides = {"train.log_every"} if any(stage.until for stage in new.stages or ()) else set()
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and key not in FREE_KEYS:
+        if before.get(key) != after.get(key) and (key not in FREE_KEYS or key in decides):
             yield f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
 
 

@@ -120,7 +120,9 @@ def save_final(
     return publish(run_folder / "final", lambda folder: write_model(folder, loaded, plan, state), manifest)
 
 
-def load_checkpoint(folder: Path, optimizer: Optimizer, manifest: dict[str, Any]) -> int:
+def load_checkpoint(
+    folder: Path, optimizer: Optimizer, manifest: dict[str, Any], is_new_stage: bool = False
+) -> int:
     """The number of steps done; everything that was trained is taken over bit for bit.
 
     The model is the base with the plan applied. `manifest` is the one that this run would write.
@@ -146,7 +148,7 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, manifest: dict[str, Any]
     if faults := state_faults(folder):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults)}. {way_out(folder)}")
     try:
-        optimizer.load(SavedState([folder / file for file in state_files(folder)]))
+        optimizer.load(SavedState([folder / file for file in state_files(folder)]), is_new_stage)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return int(saved["step"])

@@ -47,8 +47,11 @@ from partwise.model.quantize import quantize_parts
 from partwise.model.stops import stop_at
 from partwise.model.tower import Cut, find_cut, replace_tower
 from partwise.records import PartsPlan
+from partwise.training.span import Finished, StageSpan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from transformers import PreTrainedModel
 
@@ -70,6 +73,7 @@ class Job:
         self.config = config
         self.ranks = ranks or Ranks()
         self.only_looks = only_looks
+        self.index = 0  # among the stages
 
     @cached_property
     def device(self) -> torch.device:
@@ -83,6 +87,11 @@ class Job:
     @cached_property
     def plan(self) -> PartsPlan:
         return resolve_plan(self.empty_model, self.config)
+
+    @property
+    def whole_plan(self) -> PartsPlan:
+        """How the model is built and what of it is saved: where there are stages, the plan of all."""
+        return self.plan
 
     @cached_property
     def base_record(self) -> dict[str, Any]:
@@ -103,7 +112,7 @@ class Job:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What the run's checkpoints are and come from. Raises: CheckpointError for a foreign adapter."""
-        told = (self.plan, self.base_record, self.config.data.train_files, self.config.model.dtype)
+        told = (self.plan, self.base_record, self.train_files, self.config.model.dtype)
         if self.adapter is None:
             return make_manifest(*told)
         accepted = match_base(self.adapter, self.base_record, self.config.model.accept_base)
@@ -187,6 +196,11 @@ class Job:
         data = self.config.data
         return fingerprint_files(Path(file) for file in (*data.train_files, *data.eval_files))
 
+    @property
+    def train_files(self) -> list[str]:
+        """All that the run trains on."""
+        return self.config.data.train_files
+
     @cached_property
     def rows(self) -> Rows:
         return open_rows(self.config.data.train_files)
@@ -254,7 +268,7 @@ class Job:
         pays = self.packs is not None and self.num_steps >= COMPILE_PAYS_FROM
         return can_compile() and (pays if wanted is None else wanted)
 
-    def _loader(self, rows: Rows, shuffle: bool) -> StepLoader:
+    def _loader(self, rows: Rows, shuffle: bool, start: int = 0) -> StepLoader:
         train = self.config.train
         return StepLoader(
             rows,
@@ -268,7 +282,28 @@ class Job:
             rank=self.ranks.rank,
             num_ranks=self.ranks.size,
             packs=self.packs,
+            start=start,
         )
+
+    @property
+    def stages(self) -> Sequence[Job]:
+        """The jobs that the run is made of, one after another: this one, where there are no stages."""
+        return [self]
+
+    @property
+    def name(self) -> str:
+        """Of the stage; "" where there are none."""
+        return ""
+
+    @property
+    def span(self) -> StageSpan:
+        """Which steps of the run these are."""
+        return StageSpan(self.num_steps)
+
+    def stage_after(self, finished: Sequence[Finished], checkpoint: Path | None) -> Job:
+        """The stage that is next, with the weights of the checkpoint; the checkpoint may be in the midst of
+        it."""
+        return self
 
     @property
     def num_steps(self) -> int:
@@ -287,7 +322,7 @@ class Job:
 
     def open_model(self, device: torch.device | None = None) -> LoadedModel:
         """The model with the plan applied, on its device or another. Adapters start from the run's seed."""
-        loaded, device = load_model(self.config.model), device or self.device
+        loaded, device = self._load(), device or self.device
         self._cut_off(loaded.model)
         stop_at(loaded.model, end_of_turn(loaded.processor))
         # Before the rest moves, so that the device never holds the quantised layers at full width.
@@ -296,8 +331,11 @@ class Job:
         seed_everything(self.config.train.seed)
         self._set_up(loaded.model)
         if self.adapter is not None:
-            load_adapter(loaded.model, self.plan, self.adapter)
+            load_adapter(loaded.model, self.whole_plan, self.adapter)
         return loaded
+
+    def _load(self) -> LoadedModel:
+        return load_model(self.config.model)
 
     def open_skeleton(self) -> LoadedModel:
         """The same on the meta device, without weights, for a rank that is given its share of them."""
@@ -318,7 +356,7 @@ class Job:
         """
         if self.packs is not None:
             use_packed_attention(model)
-        apply_plan(model, self.plan)
+        apply_plan(model, self.plan, self.whole_plan)
         checkpointing = self.config.train.gradient_checkpointing
         if checkpointing or (checkpointing is None and self.device.type == "cuda"):
             try:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from partwise.config import Config
 from partwise.engine.device import peak_memory_bytes, seed_everything
+from partwise.engine.ranks import Ranks
 from partwise.engine.single import Engine
 from partwise.errors import StoppedError
 from partwise.lineage.manifest import stamp_manifest
@@ -34,6 +35,8 @@ from partwise.training.probe import take_probe
 from partwise.training.proof import Proof, add_to_report
 from partwise.training.saver import Saver
 from partwise.training.share import Shares
+from partwise.training.span import StageSpan
+from partwise.training.stability import Ending
 from partwise.training.step import (
     NonFiniteError,
     StepOutcome,
@@ -63,10 +66,14 @@ def run_stage(
     resume_from: Path | None = None,
     console: Console | None = None,
     engine: Engine | None = None,
+    span: StageSpan | None = None,
+    whole_plan: PartsPlan | None = None,
 ) -> dict[str, Any]:
     """Train to `num_steps`, from the start or from a checkpoint; the run's manifest, stamped at the end.
 
-    With several ranks each of them runs it, and the first one writes and prints.
+    With several ranks each of them runs it, and the first one writes and prints. A stage that others follow
+    ends with a checkpoint. `span` says which steps of the run the stage has, and `whole_plan` is the plan of
+    all stages, which is what is saved.
 
     Raises:
         PlanError: what trains is not what the plan says.
@@ -76,37 +83,42 @@ def run_stage(
             or a checkpoint cannot be written.
         StoppedError: SIGTERM or SIGINT came; the step in progress was finished and a checkpoint saved.
     """
-    engine = engine or Engine()
+    engine, span, whole_plan = engine or Engine(), span or StageSpan(num_steps), whole_plan or plan
     model, train, ranks = loaded.model, config.train, engine.ranks
     device = engine.device or model.device
     verify_plan(model, plan, "the weights were spread over ranks")
-    optimizer = Optimizer(model, plan, train, num_steps, engine)
-    first_step = load_checkpoint(resume_from, optimizer, manifest) if resume_from else 0
+    optimizer = Optimizer(model, plan, train, num_steps, engine, span.first_step)
+    first_step = 0
+    if resume_from:
+        is_new_stage = 0 < span.first_step == step_of(resume_from)
+        first_step = load_checkpoint(resume_from, optimizer, manifest, is_new_stage)
     set_train_mode(model, plan)
 
     proof = Proof(model, plan, optimizer)
-    log = MetricsLog(run_folder, first_step, writes=ranks.is_first)
+    log = MetricsLog(run_folder, first_step, ranks.is_first, span.name)
     steps = Shares(loader, engine)
     eval_steps = Shares(eval_loader, engine) if eval_loader else None
-    watch = Watch(read_metrics(run_folder))
+    records = [r for r in read_metrics(run_folder) if r["step"] > span.first_step]
+    watch, ending = Watch(records), Ending(span, records, train.log_every, ranks)
+    run_steps = span.run_steps or num_steps
     with (
-        ProgressLine(num_steps, first_step, console or Console()) as progress,
+        ProgressLine(run_steps, first_step, console or Console()) as progress,
         StopSignals() as stop,
         Saver(
             run_folder,
             loaded,
-            plan,
+            whole_plan,
             optimizer,
             train,
             log.write_save,
             progress.show_text,
-            make_verifier(loaded, plan, config, steps, run_folder, progress),
+            make_verifier(loaded, whole_plan, config, steps, run_folder, progress),
         ) as saver,
     ):
-        pending = PendingSteps()
-        for wait_seconds, step_data in timed(steps.iterate(first_step, num_steps)):
+        pending, done = PendingSteps(), first_step
+        for wait_seconds, step_data in timed(steps.iterate(first_step, span.last_step)):
             done = step_data.step + 1
-            is_first, is_last = step_data.step == first_step, done == num_steps
+            is_first, is_last = step_data.step == first_step, done == span.last_step
             is_saved = is_due(done, train.save_every)
             evaluates = eval_steps is not None and (
                 is_last or is_due(done, train.eval_every) or (is_saved and train.keep_best > 0)
@@ -128,29 +140,44 @@ def run_stage(
                         fault, model, plan, optimizer, loader, train.seed, run_folder
                     ) from fault
             if is_first or is_last:
-                finding = proof.check(done)
-                if ranks.is_first:
-                    add_to_report(run_folder, finding)
-                progress.show_text(finding.message)
+                prove(proof, done, ranks, run_folder, progress)
             if not logs:
                 continue
             metrics = pending.metrics(
-                optimizer.learning_rates(step_data.step), done / loader.steps_per_epoch, device
+                optimizer.learning_rates(step_data.step),
+                (done - loader.start) / loader.steps_per_epoch,
+                device,
             )
             tell_step(metrics, watch, log, progress)
+            if decision := ending.see(metrics):
+                log.write_end(decision)
+                progress.show_text(decision.text)
+                if not is_last:
+                    prove(proof, done, ranks, run_folder, progress)
+                is_last, evaluates = True, eval_steps is not None
             # A long evaluation is given up for a stop signal: the checkpoint matters more.
             eval_loss = evaluate_loss(model, eval_steps, device, stop.__bool__, engine) if evaluates else None
             if eval_loss is not None:
                 log.write_eval(done, eval_loss)
                 progress.show_eval(done, eval_loss)
             stops = stops or ranks.any(bool(stop))
-            if is_saved or stops:
-                saver.save(stamp_manifest(manifest, done, eval_loss))
+            if is_saved or stops or (is_last and not span.is_last):
+                saver.save(stamp_manifest(span.stamp(manifest, done, is_last), done, eval_loss))
             if stops:
                 saver.wait()
-                raise stopped(ranks.gather(stop.received), run_folder, done, num_steps)
+                raise stopped(ranks.gather(stop.received), run_folder, done, run_steps)
+            if is_last:
+                break
             pending = PendingSteps()
-    return stamp_manifest(manifest, num_steps)
+    return stamp_manifest(span.stamp(manifest, done, is_done=True), done)
+
+
+def prove(proof: Proof, done: int, ranks: Ranks, run_folder: Path, progress: ProgressLine) -> None:
+    """What trains has moved and what is frozen has not, told and in the report. All ranks must call it."""
+    finding = proof.check(done)
+    if ranks.is_first:
+        add_to_report(run_folder, finding)
+    progress.show_text(finding.message)
 
 
 def make_verifier(

@@ -26,6 +26,7 @@ from partwise.training.watch import Alarm
 
 if TYPE_CHECKING:
     from partwise.training.saver import Saved
+    from partwise.training.stability import Decision
 
 METRICS_FILE = "metrics.jsonl"
 MOSTLY = 0.5  # from this share on, exactly-zero gradients are worth a place on the line
@@ -34,15 +35,16 @@ MOSTLY = 0.5  # from this share on, exactly-zero gradients are worth a place on 
 class MetricsLog:
     """RUN/metrics.jsonl, to append to; lines of steps after `last_step` are dropped first.
 
-    Of several ranks, one `writes`.
+    Of several ranks, one `writes`. Where there are stages, each line names its own.
 
     Raises:
         TrainingError: the file cannot be written, here or for a later line.
     """
 
-    def __init__(self, run_folder: Path, last_step: int = 0, writes: bool = True) -> None:
+    def __init__(self, run_folder: Path, last_step: int = 0, writes: bool = True, stage: str = "") -> None:
         self.path = run_folder / METRICS_FILE
         self.writes = writes
+        self.named = {"stage": stage} if stage else {}
         if not writes:
             return
         kept = [record for record in read_metrics(run_folder) if record["step"] <= last_step]
@@ -71,11 +73,14 @@ class MetricsLog:
     def write_alarm(self, step: int, alarm: Alarm) -> None:
         self._write({"step": step, "warning": alarm.kind, "part": alarm.part, "message": alarm.message})
 
+    def write_end(self, decision: Decision) -> None:
+        self._write(decision.record)
+
     def _write(self, record: dict[str, Any]) -> None:
         if not self.writes:
             return
         with self._told(), self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({**record, **self.named}) + "\n")
 
     @contextmanager
     def _told(self) -> Iterator[None]:

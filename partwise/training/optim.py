@@ -27,6 +27,7 @@ from partwise.training.state import MASTER, SavedState
 class Optimizer:
     """Masters, parameter groups and schedule of the parts that train.
 
+    The schedule has `num_steps` steps and begins at the run's step `first_step`.
     `masters` holds, by parameter name, the tensor that AdamW updates. `stopped` is 1.0 from the first step on
     whose loss or gradient norm was not finite: masters, moments and weights stay as before it. It lies beside
     the masters, and so do norms: on the device, or on the host where the engine keeps them there.
@@ -42,6 +43,7 @@ class Optimizer:
         train: TrainConfig,
         num_steps: int,
         engine: Engine | None = None,
+        first_step: int = 0,
     ) -> None:
         parameters = dict(model.named_parameters())
         self.engine = engine or Engine()
@@ -51,6 +53,7 @@ class Optimizer:
         self.names = {part.part: part.trainable for part in plan.parts if part.trainable}
         self.max_grad_norm = train.max_grad_norm
         self.num_steps = num_steps
+        self.first_step = first_step
         self.train = train
         self.never_reached = set(self.parameters)
         self.num_updates: Counter[str] = Counter()  # on the host; AdamW has its own beside the moments
@@ -69,29 +72,37 @@ class Optimizer:
         return adamw
 
     def _groups(self, model: nn.Module, plan: PartsPlan, tensors: Mapping[str, Tensor]) -> list[dict]:
-        """Per part one group that decays and one that does not; empty ones are left out."""
+        """Per part one group that decays and one that does not, for each rate; empty ones are left out."""
         spared = undecayed_names(model, self.engine)
         groups = []
         for part in plan.parts:
-            for decays in (True, False):
-                names = [name for name in part.trainable if (name not in spared) == decays]
-                if names:
-                    groups.append(
-                        {
-                            "params": [tensors[name] for name in names],
-                            "names": names,
-                            "part": part.part,
-                            "peak": part.learning_rate,
-                            "lr": part.learning_rate,
-                            "weight_decay": part.weight_decay if decays else 0.0,
-                        }
-                    )
+            alike: dict[tuple[float, bool], list[str]] = {}
+            for name in part.trainable:
+                key = part.rate_fractions.get(name, 1.0), name in spared
+                alike.setdefault(key, []).append(name)
+            for (fraction, is_spared), names in sorted(alike.items()):
+                rate = part.learning_rate * fraction
+                groups.append(
+                    {
+                        "params": [tensors[name] for name in names],
+                        "names": names,
+                        "part": part.part,
+                        "peak": rate,
+                        "lr": rate,
+                        "weight_decay": 0.0 if is_spared else part.weight_decay,
+                    }
+                )
         return groups
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """Learning rate of each part that trains, at a zero-based step."""
-        factor = learning_rate_factor(step, self.num_steps, self.train)
-        return {group["part"]: group["peak"] * factor for group in self.adamw.param_groups}
+        """Learning rate of each part that trains, at a zero-based step of the run; of its fastest layer."""
+        factor, rates = self._factor(step), dict[str, float]()
+        for group in self.adamw.param_groups:
+            rates[group["part"]] = max(group["peak"] * factor, rates.get(group["part"], 0.0))
+        return rates
+
+    def _factor(self, step: int) -> float:
+        return learning_rate_factor(step - self.first_step, self.num_steps, self.train)
 
     def step(self, step: int, loss: Tensor | None = None) -> dict[str, Tensor]:
         """`collect` and `update` in one."""
@@ -114,9 +125,9 @@ class Optimizer:
         norm = global_norm(norms.values())
         judged = norm.double() if loss is None else norm.double() + loss.to(norm.device)
         self.stopped.copy_(torch.maximum(self.stopped, (~judged.isfinite()).float()))
-        rates = self.learning_rates(step)
+        factor = self._factor(step)
         for group in self.adamw.param_groups:
-            group["lr"] = rates[group["part"]]
+            group["lr"] = group["peak"] * factor
         self.engine.update(self.adamw, self.masters, self.max_grad_norm, norm)
         updated = {name: master for name, master in self.masters.items() if master.grad is not None}
         self.engine.write_weights([self.parameters[name] for name in updated], list(updated.values()))
@@ -198,16 +209,21 @@ class Optimizer:
         return {name: self.engine.stretch(name, parameter) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
-    def load(self, saved: SavedState) -> None:
+    def load(self, saved: SavedState, is_new_stage: bool = False) -> None:
         """Take over a saved state: masters, moments, and the weights as the masters rounded.
 
-        Bit for bit, except for moments in 8 bits whose shards were others.
+        Bit for bit, except for moments in 8 bits whose shards were others. In a new stage, tensors that did
+        not train in the one before start afresh, and what trained there alone is left.
 
         Raises:
             CheckpointError: the state is of other trainable tensors, or of other shapes.
         """
-        self._check_names(saved.names)
+        if not is_new_stage:
+            self._check_names(saved.names)
+        names = saved.names
         for name, master in self.masters.items():
+            if name not in names:
+                continue
             stretch = self.engine.stretch(name, self.parameters[name])
             flat = saved.master(name, stretch.start, master.numel())
             if saved.shape(name) != stretch.shape or flat.numel() != master.numel():

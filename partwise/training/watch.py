@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Any
@@ -104,6 +104,10 @@ def update_ratio(optimizer: Optimizer, names: list[str]) -> Tensor:
     return update / weight.clamp(min=1e-30)
 
 
+# What a record of a step has of it: where there are stages, it has the stage's name besides.
+METRICS = tuple(field.name for field in fields(StepMetrics))
+
+
 class Watch:
     """Alarms from the logged steps, once for each kind and part.
 
@@ -121,7 +125,7 @@ class Watch:
             if "warning" in record:
                 self.told.add((record["warning"], record["part"]))
             elif "update_ratios" in record:
-                self._see(StepMetrics(**record))
+                self._see(StepMetrics(**{key: record[key] for key in METRICS}))
 
     def see(self, metrics: StepMetrics) -> list[Alarm]:
         """The alarms that this step gives rise to."""
