@@ -41,7 +41,7 @@ LORA_PARTS = {"vision_tower": LORA, "projector": "full", "language_model": LORA}
 
 
 def run(toy, folder: Path, resume: bool = False, **changes: Any) -> Path:
-    """The run's folder. Nothing is checked before: that takes longer than the steps, and other tests do it."""
+    """The run's folder. Nothing is checked before: that takes longer than the steps; others test it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("partwise.run.CHECKS", [])
         patch.setattr("partwise.run.MODEL_CHECKS", [])
