@@ -72,5 +72,5 @@ class Context:
 
     def let_go(self) -> None:
         """Of the model, which is opened again when it is asked for."""
-        self.__dict__.pop("loaded", None)
-        free_memory()
+        if self.__dict__.pop("loaded", None) is not None:
+            free_memory()
