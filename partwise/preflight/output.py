@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from partwise.config import Config, dump_config, load_config
+from partwise.config.expand import has_stages
 from partwise.errors import ConfigError
 from partwise.model.shares import moment_bytes
 from partwise.preflight.context import Context
@@ -71,7 +72,9 @@ def estimate_bytes(plan: PartsPlan, config: Config) -> int:
     trainable = sum(part.num_trainable for part in plan.parts)
     saved = trainable if plan.has_adapters else sum(part.num_parameters for part in plan.parts)
     train = config.train
-    num_checkpoints = train.keep_last + train.keep_best + 1 if train.save_every else 0
+    # A stage that others follow ends with a checkpoint, too.
+    saves = train.save_every or has_stages(config)
+    num_checkpoints = train.keep_last + train.keep_best + 1 if saves else 0
     weight_bytes = saved * {"bfloat16": 2, "float32": 4}[config.model.dtype]
     state_bytes = 4 * trainable + moment_bytes(trainable, config.train.optimizer_states)
     return weight_bytes * (1 + num_checkpoints) + state_bytes * num_checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ stages:
     learning_rate: 1e-4
   - {parts: [vision_tower, language_model], epochs: 1.5, data: {train: [b.jsonl], max_seq_len: 64}}
 """
+ROOT = Path(__file__).parents[2]
 LAYERS, STEPS_PER_EPOCH = 5, 10
 
 
@@ -270,6 +272,23 @@ def test_the_line_through_the_losses_and_the_middle_half_of_the_norms():
     assert relative_slope([4, 3, 2, 1]) == pytest.approx(-3 / 2.5)
     assert relative_slope([2, 2, 2, 2]) == 0
     assert relative_spread([1, 2, 3, 4, 5]) == pytest.approx(2 / 3)
+
+
+def test_the_page_of_stages_shows_configs_that_load():
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "stages.md").read_text(), re.S)
+    assert len(blocks) == 4
+    names = []
+    for block in blocks:
+        text = block if "model:" in block.splitlines()[0] else HEAD + block
+        if block.startswith("parts:"):
+            text = "model: {path: m}\ndata: {train: a.jsonl}\noutput: o\n" + block
+        config = load(text)
+        names += [stage.name for stage in expand(config)] if "parts:\n  language" not in block else []
+    assert names == [
+        *("language_model", "+ projector", "+ vision_tower"),
+        *("language", "+ projector", "all, lower layers slower"),
+        *("language_model -4:", "all of language_model"),
+    ]
 
 
 def metrics(step: int, loss: float, norm: float = 1.0) -> StepMetrics:
