@@ -139,11 +139,8 @@ def explicit_stage(
     else:
         num_steps = (stable and stable.max_steps) or steps_per_epoch(data)
     refuse_warmup(config, key, f'{key} "{name}"', warmup_of(config, stage), num_steps)
-    if stable is not None and stable.min_steps > num_steps:
-        raise ConfigError(
-            f'{config.where(f"{key}.until")}: {key} "{name}": until.min_steps: {stable.min_steps} is more '
-            f"than the {num_steps} steps of an epoch, the most that it has. Lower it, or give max_steps."
-        )
+    if stable is not None:
+        refuse_until(config, key, f'{key} "{name}"', stable, num_steps)
     keys = ("learning_rate", "learning_rate_schedule", "warmup_steps", "min_learning_rate_fraction")
     changes = given(stage, keys) | {"steps": num_steps}
     if stable is not None and stage.learning_rate_schedule is None:
@@ -165,6 +162,22 @@ def refuse_warmup(config: Config, key: str, told: str, warmup_steps: int, num_st
     """Raises: ConfigError where the warm-up would take the whole stage."""
     for fault in warmup_faults(key, told, warmup_steps, num_steps):
         raise ConfigError(f"{config.where(fault.key)}: {fault.text}")
+
+
+def refuse_until(config: Config, key: str, told: str, stable: StableConfig, num_steps: int) -> None:
+    """Raises: ConfigError where the stage is over before it could be stable."""
+    where, log_every = config.where(f"{key}.until"), config.train.log_every
+    if stable.min_steps > num_steps:
+        raise ConfigError(
+            f"{where}: {told}: until.min_steps: {stable.min_steps} is more than the {num_steps} steps of an "
+            "epoch, the most that it has. Lower it, or give max_steps."
+        )
+    if stable.window * log_every > num_steps:
+        raise ConfigError(
+            f"{where}: {told}: until.window: {stable.window} logged steps, one in {log_every}, are more than "
+            f"the {num_steps} steps that it has at most, so it could never be stable. Lower the window or "
+            "train.log_every, or raise max_steps."
+        )
 
 
 def with_parts(

@@ -40,7 +40,9 @@ def find_named(check: Check, stage: Context) -> list[Finding]:
     try:
         found = check(stage)
     except UserError as error:
-        raise type(error)(f"{told}{str(error).removeprefix(told)}") from error
+        if str(error).startswith('stage "'):
+            raise  # it names the stage that it is about, which may be another
+        raise type(error)(f"{told}{error}") from error
     return [replace(f, message=told + f.message, values={**f.values, "stage": name}) for f in found]
 
 

@@ -66,6 +66,12 @@ class RunJob(Job):
 
     @cached_property
     def plan(self) -> PartsPlan:
+        """Raises: PlanError that names the stage which does not fit the model."""
+        for stage in self.configs:
+            try:
+                resolve_plan(self.empty_model, stage.config)
+            except PlanError as error:
+                raise PlanError(f'stage "{stage.name}": {error}') from error
         return resolve_plan(self.empty_model, whole_config(self.config, self.configs))
 
     @property
@@ -131,10 +137,7 @@ class StageJob(Job):
 
     @cached_property
     def plan(self) -> PartsPlan:
-        try:
-            return resolve_plan(self.empty_model, self.config, self.whole_plan)
-        except PlanError as error:
-            raise PlanError(f'stage "{self.name}": {error}') from error
+        return resolve_plan(self.empty_model, self.config, self.whole_plan)
 
     @property
     def whole_plan(self) -> PartsPlan:

@@ -204,6 +204,13 @@ def test_unfreeze_opens_layers_from_one_end():
             STAGES.replace("name: top", "name: projector"),
             'c.yaml:8: stages.1: a stage before has the name "projector" too. Give each a name of its own.',
         ),
+        (
+            STAGES.replace("{window: 4, max_steps: 8}", "stable"),
+            'c.yaml:13: stages.1 "top": until.window: 50 logged steps, one in 1, are more than the 10 steps '
+            "that "
+            "it has at most, so it could never be stable. Lower the window or train.log_every, or raise "
+            "max_steps.",
+        ),
         ("stages: []\n", "c.yaml:6: stages: the list is empty. Name at least one stage, or remove it."),
         (
             "unfreeze: {layers_per_stage: 5}\n",
