@@ -270,11 +270,18 @@ def lineage(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")],
+    axis: Annotated[
+        Literal["steps", "tokens"], typer.Option("--x", help="Steps, or target tokens trained on.")
+    ] = "steps",
+    smoothing: Annotated[
+        float, typer.Option("--smooth", min=0, max=1, help="Share of the steps that smoothed lines average.")
+    ] = 0.05,
 ) -> None:
-    """Draw the loss of one run, or of several over each other, to plots/loss.png of the first."""
-    from partwise.training.plots import plot_runs
+    """Draw one run, or several over each other: a picture and an interactive page in plots/ of the first."""
+    from partwise.plots import plot_runs
 
-    console().print(f"wrote {plot_runs(runs)}")
+    for path in plot_runs(runs, axis, smoothing):
+        console().print(f"wrote {path}")
 
 
 @app.command()
