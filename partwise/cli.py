@@ -284,6 +284,29 @@ def plot(
         console().print(f"wrote {path}")
 
 
+@app.command("find-lr")
+def find_lr(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of a sweep.")] = 100,
+    low: Annotated[float, typer.Option("--low", help="Rate of its first step.")] = 1e-7,
+    high: Annotated[float, typer.Option("--high", help="Rate of its last step.")] = 1.0,
+    together: Annotated[
+        bool, typer.Option("--together", help="All parts at once, with one rate; else each part alone.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; default: that of the run, with -find-lr.")
+    ] = None,
+) -> None:
+    """Suggest a learning rate for each part: train a copy with a growing rate, and see what the loss does."""
+    with quick_imports():
+        from partwise.config import load_config
+        from partwise.rates.report import find_rates
+
+    settings = load_config(config, overrides or [])
+    find_rates(settings, console(), steps, low, high, together, out)
+
+
 @app.command()
 def schema() -> None:
     """Print the config's JSON schema, for editors."""
