@@ -69,11 +69,12 @@ def find_rates(
 
 
 def rates_table(job: Job, suggestions: dict[str, Suggestion]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    """Each part's rate now and the suggested one; the loss before and at its bottom, and where that was."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("part", "mode"):
         table.add_column(name, no_wrap=True)
-    for name in ("rate now", "loss falls", "bottom at", "diverges at", "suggested"):
-        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    for name in ("now", "loss", "bottom", "diverges", "suggested"):
+        table.add_column(name, justify="right", no_wrap=True)
     for part, found in suggestions.items():
         plan = job.plan[part]
         table.add_row(

@@ -22,7 +22,7 @@ SMOOTHED_FRACTION = 0.12  # of the steps, that the smoothed loss averages over
 START_FRACTION = 0.15  # of the steps, at rates too low to train: what the loss is and how it varies
 LEAST_START = 4
 LAST_LOSSES = 4  # whose mean says whether the loss diverges
-DIVERGED_FRACTION = 0.1  # above the loss at the start
+DIVERGED_FRACTION, DIVERGED_LOSS = 0.1, 0.1  # above the loss at the start: a share of it, and nats
 FALL = 3.0  # deviations of a smoothed loss that a fall must exceed to be one
 BOTTOM_FRACTION = 0.95  # of the fall from the start to the lowest smoothed loss
 SAFETY = 10.0
@@ -75,7 +75,7 @@ def diverges(losses: Sequence[float], num_steps: int) -> bool:
     if len(losses) < max(LEAST_START, round(START_FRACTION * num_steps)) + LAST_LOSSES:
         return False
     level, deviation = start_level(losses, num_steps)
-    margin = max(DIVERGED_FRACTION * abs(level), FALL * deviation / math.sqrt(LAST_LOSSES))
+    margin = max(DIVERGED_FRACTION * abs(level), DIVERGED_LOSS, FALL * deviation / math.sqrt(LAST_LOSSES))
     return statistics.fmean(losses[-LAST_LOSSES:]) > level + margin
 
 
