@@ -57,7 +57,7 @@ def write_reference(schema: Mapping[str, Any]) -> str:
     sections = {
         name: schema["$defs"][reference.rpartition("/")[2]]
         for name, field in schema["properties"].items()
-        if (reference := _reference(field))
+        if (reference := field.get("$ref"))
     }
     top = {name: field for name, field in schema["properties"].items() if name not in FLAGS}
     tables = [_INTRODUCTION, "## Top level\n", _table(top, schema.get("required", ()))]
@@ -67,17 +67,13 @@ def write_reference(schema: Mapping[str, Any]) -> str:
         if name == "parts":
             part = schema["$defs"]["PartConfig"]
             tables += ["### Settings of a part\n", _table(part["properties"], part["required"])]
+    track = schema["$defs"]["TrackConfig"]
+    tables += ["## track\n", *_paragraph(track), _table(track["properties"], track["required"])]
     tables.append(_STAGES_INTRODUCTION)
     for title, name in _STAGE_TABLES.items():
         definition = schema["$defs"][name]
         tables += [f"### {title}\n", _table(definition["properties"], definition.get("required", ()))]
     return "\n".join([*tables, _FLAGS_INTRODUCTION, _table(FLAGS, ()), _expansions()])
-
-
-def _reference(field: Mapping[str, Any]) -> str:
-    """Where the section of a top-level key is; "" of a key that is none."""
-    members = (*field.get("anyOf", ()), *field.get("oneOf", ()))
-    return field.get("$ref") or next(filter(None, map(_reference, members)), "")
 
 
 def _paragraph(section: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from partwise.rates.suggest import Suggestion, Sweep, growing_rates, smooth_loss
 from partwise.rates.sweep import sweep_rates
 from partwise.tables import describe_mode
 from partwise.training.job import Job
+from partwise.training.stages import open_job
 
 LEAST_STEPS = 20
 
@@ -47,7 +48,7 @@ def find_rates(
         raise ConfigError(f"--steps {num_steps}: a range test needs at least {LEAST_STEPS}.")
     if not 0 < low < high:
         raise ConfigError(f"--low {low:g} --high {high:g}: give two rates above 0, the lower one first.")
-    job = Job(config, only_looks=True)
+    job = open_job(config, only_looks=True)
     parts = [part.part for part in job.plan.parts if part.trainable]
     groups = [parts] if together else [[part] for part in parts]
     rates = growing_rates(low, high, num_steps)

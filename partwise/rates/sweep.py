@@ -33,11 +33,16 @@ class SweepOptimizer(Optimizer):
         parts: Sequence[str],
     ) -> None:
         super().__init__(model, plan, train, len(rates))
-        self.rates, self.parts = rates, parts
+        self.rates = rates
+        groups = self.adamw.param_groups
+        for part in self.names:
+            mine = [group for group in groups if group["part"] == part]
+            highest = max(group["peak"] for group in mine)
+            for group in mine:  # layers of a part keep their rates beside each other
+                group["peak"] = group["peak"] / highest if part in parts else 0.0
 
-    def learning_rates(self, step: int) -> dict[str, float]:
-        rate = self.rates[min(step, len(self.rates) - 1)]
-        return {part: rate if part in self.parts else 0.0 for part in self.names}
+    def _factor(self, step: int) -> float:
+        return self.rates[min(step, len(self.rates) - 1)]
 
 
 def sweep_rates(job: Job, rates: Sequence[float], parts: Sequence[str]) -> Sweep:
