@@ -86,6 +86,7 @@ def finish_axes(axes: Any, panel: Panel, axis: Axis) -> None:
     elif panel.lines[0].key != "loss":
         axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,19 @@ def test_parts_that_are_not_swept_stand_bit_for_bit(swept):
         assert {group["lr"] for group in optimizer.adamw.param_groups} <= {rate, 0.0}
     moved = {plan.part_of(n) for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])}
     assert moved == set(swept)
+
+
+def test_layers_keep_their_rates_beside_each_other():
+    model = Model()
+    plan = make_plan(model, vision_tower=1e-3, language_model=1e-3)
+    decayed = replace(plan["language_model"], rate_fractions={"embed.weight": 0.25})
+    plan = replace(plan, parts=(plan["vision_tower"], decayed))
+    optimizer = SweepOptimizer(model, plan, TrainConfig(), (1e-3, 1e-2), ("language_model",))
+    run_backward(model, 0)
+    optimizer.step(1)
+    rates = {name: group["lr"] for name, group in optimizer.groups.items()}
+    assert rates["decoder.weight"] == pytest.approx(1e-2) and rates["embed.weight"] == pytest.approx(2.5e-3)
+    assert optimizer.learning_rates(1) == pytest.approx({"vision_tower": 0.0, "language_model": 1e-2})
 
 
 def found_rate(rate: float | None) -> Suggestion:
