@@ -1,7 +1,7 @@
 """What a run tells: metrics.jsonl for programs, a progress line for people.
 
 In: a step's metrics or an evaluation loss. Out: one JSON line each, on disk at once. A resumed run first
-drops the lines after its checkpoint, so each step stands in the file once. Plots are in plots.py.
+drops the lines after its checkpoint, so each step stands in the file once. Plots are in plots/.
 """
 
 from __future__ import annotations
