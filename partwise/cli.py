@@ -270,11 +270,41 @@ def lineage(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One or more run folders.")],
+    axis: Annotated[
+        Literal["steps", "tokens"], typer.Option("--x", help="Steps, or target tokens trained on.")
+    ] = "steps",
+    smoothing: Annotated[
+        float, typer.Option("--smooth", min=0, max=1, help="Share of the steps that smoothed lines average.")
+    ] = 0.05,
 ) -> None:
-    """Draw the loss of one run, or of several over each other, to plots/loss.png of the first."""
-    from partwise.training.plots import plot_runs
+    """Draw one run, or several over each other: a picture and an interactive page in plots/ of the first."""
+    from partwise.plots import plot_runs
 
-    console().print(f"wrote {plot_runs(runs)}")
+    for path in plot_runs(runs, axis, smoothing):
+        console().print(f"wrote {path}")
+
+
+@app.command("find-lr")
+def find_lr(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of a sweep.")] = 100,
+    low: Annotated[float, typer.Option("--low", help="Rate of its first step.")] = 1e-7,
+    high: Annotated[float, typer.Option("--high", help="Rate of its last step.")] = 1.0,
+    together: Annotated[
+        bool, typer.Option("--together", help="All parts at once, with one rate; else each part alone.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write; default: that of the run, with -find-lr.")
+    ] = None,
+) -> None:
+    """Suggest a learning rate for each part: train a copy with a growing rate, and see what the loss does."""
+    with quick_imports():
+        from partwise.config import load_config
+        from partwise.rates.report import find_rates
+
+    settings = load_config(config, overrides or [])
+    find_rates(settings, console(), steps, low, high, together, out)
 
 
 @app.command()

@@ -31,6 +31,7 @@ from partwise.model.compile import compile_layers, forget_compiled
 from partwise.model.load import LoadedModel
 from partwise.model.memory import recompute_layers
 from partwise.model.quantize import quantization_of
+from partwise.plots import plot_runs
 from partwise.preflight import (
     CHECKS,
     MODEL_CHECKS,
@@ -45,15 +46,22 @@ from partwise.preflight.resume import find_start
 from partwise.preflight.stages import find_named, forecast
 from partwise.records import Finding
 from partwise.tables import findings_text, held_lines, plan_table
-from partwise.training.checkpoint import checkpoint_folder, model_state, save_final, torn_checkpoints
+from partwise.trackers.tracking import Tracking
+from partwise.training.checkpoint import (
+    checkpoint_folder,
+    model_state,
+    save_final,
+    step_of,
+    torn_checkpoints,
+)
 from partwise.training.fill import fill_cache
 from partwise.training.job import Job
 from partwise.training.loop import run_stage
-from partwise.training.plots import plot_runs
 from partwise.training.probe import probe_examples, take_probe
 from partwise.training.proof import add_to_report
 from partwise.training.span import Finished, finished_stages
 from partwise.training.stages import open_job
+from partwise.training.tracked import opened_tracking
 
 CHECKED_ROWS = 256
 CHECKED_ROWS_BEFORE_TRAINING = 32
@@ -153,18 +161,21 @@ def train_with(engine: Engine, config: Config, resume: bool, console: Console | 
     else:
         fill_cache(job, console)
     checkpoint, manifest, shares, finished = ranks.from_first(start)
-    while True:
-        stage = job.stage_after(finished, checkpoint)
-        loaded = loaded or open_for(stage, engine)
-        manifest = train_opened(stage, engine, loaded, shares[stage.index], manifest, checkpoint, console)
-        if stage.span.is_last:
-            break
-        ranks.barrier()  # until the first has written the checkpoint
-        checkpoint, finished = checkpoint_folder(folder, manifest["step"]), finished_stages(manifest)
-        if runs_compiled(engine.name) and stage.compiles:
-            forget_compiled()
-        loaded, engine = None, make_engine(engine.name, ranks, config.train.offload_optimizer)
-        free_memory()
+    with opened_tracking(job, step_of(checkpoint) if checkpoint else 0, console) as tracking:
+        while True:
+            stage = job.stage_after(finished, checkpoint)
+            loaded = loaded or open_for(stage, engine)
+            manifest = train_opened(
+                stage, engine, loaded, shares[stage.index], manifest, checkpoint, console, tracking
+            )
+            if stage.span.is_last:
+                break
+            ranks.barrier()  # until the first has written the checkpoint
+            checkpoint, finished = checkpoint_folder(folder, manifest["step"]), finished_stages(manifest)
+            if runs_compiled(engine.name) and stage.compiles:
+                forget_compiled()
+            loaded, engine = None, make_engine(engine.name, ranks, config.train.offload_optimizer)
+            free_memory()
     job, final = stage, folder / "final"
     state = model_state(loaded, job.whole_plan, engine)
     if ranks.is_first:
@@ -185,6 +196,7 @@ def train_opened(
     manifest: dict[str, Any],
     checkpoint: Path | None,
     console: Console,
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Spread the model over the ranks and train it to the end of the run; the manifest, stamped."""
     number, total = recompute_layers(loaded.model, job.plan, recomputed_share)
@@ -208,6 +220,7 @@ def train_opened(
         engine,
         job.span,
         job.whole_plan,
+        tracking,
     )
 
 

@@ -4,7 +4,14 @@ document.py reads YAML with places; flags.py turns the freeze flags into `parts`
 rules.py the rules between them, tree.py joins them; `python -m partwise.config` writes docs/config.md.
 """
 
-from partwise.config.sections import DataConfig, ModelConfig, PartConfig, PartsConfig, TrainConfig
+from partwise.config.sections import (
+    DataConfig,
+    ModelConfig,
+    PartConfig,
+    PartsConfig,
+    TrackConfig,
+    TrainConfig,
+)
 from partwise.config.stages import StableConfig
 from partwise.config.tree import Config, config_schema, dump_config, load_config
 
@@ -15,6 +22,7 @@ __all__ = [
     "PartConfig",
     "PartsConfig",
     "StableConfig",
+    "TrackConfig",
     "TrainConfig",
     "config_schema",
     "dump_config",

@@ -67,6 +67,8 @@ def write_reference(schema: Mapping[str, Any]) -> str:
         if name == "parts":
             part = schema["$defs"]["PartConfig"]
             tables += ["### Settings of a part\n", _table(part["properties"], part["required"])]
+    track = schema["$defs"]["TrackConfig"]
+    tables += ["## track\n", *_paragraph(track), _table(track["properties"], track["required"])]
     tables.append(_STAGES_INTRODUCTION)
     for title, name in _STAGE_TABLES.items():
         definition = schema["$defs"][name]

@@ -104,7 +104,10 @@ PartSettings = Annotated[
     Discriminator(lambda value: "settings" if isinstance(value, Mapping | PartConfig) else "a mode"),
 ]
 # The names of union members: pydantic puts them into an error's location.
-TAGS = ("one file", "files", "a mode", "settings", "parts by name", "names", "a word", "[key]")
+TAGS = (
+    *("one file", "files", "a mode", "settings", "parts by name", "names", "a word", "[key]"),
+    *("trackers", "track settings"),
+)
 
 
 class PartsConfig(Section):
@@ -227,3 +230,28 @@ class TrainConfig(Section):
         description="Load what was saved in a fresh process, with plain transformers and PEFT, and compare "
         "its logits on two rows with the trained model's. Needs memory for the model once more.",
     )
+
+
+TrackerNames = Annotated[
+    list[Literal["tensorboard", "wandb", "mlflow", "trackio"]],
+    Field(min_length=1, description="The trackers."),
+]
+
+
+class TrackConfig(Section):
+    """A list of trackers alone, or these keys. What they get is what metrics.jsonl gets."""
+
+    to: TrackerNames
+    project: str = Field("partwise", min_length=1, description="The project, or MLflow's experiment.")
+    name: str | None = Field(
+        None, min_length=1, description="The run's name; default is that of the output folder."
+    )
+    samples: Rows = Field(
+        8, ge=0, description="Training rows whose images, prompt and answer are logged at the start."
+    )
+
+
+Track = Annotated[
+    Annotated[TrackerNames, Tag("trackers")] | Annotated[TrackConfig, Tag("track settings")],
+    Discriminator(lambda value: "trackers" if isinstance(value, list) else "track settings"),
+]

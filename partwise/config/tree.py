@@ -46,6 +46,8 @@ from partwise.config.sections import (
     PartConfig,
     PartsConfig,
     Section,
+    Track,
+    TrackConfig,
     TrainConfig,
 )
 from partwise.config.stages import (
@@ -79,6 +81,9 @@ class Config(Section):
     unfreeze: UnfreezeConfig | None = Field(
         None, description="Stages that open a part's layers one group after another."
     )
+    track: Track | None = Field(
+        None, description="Where else the numbers of metrics.jsonl go; a list of trackers, or a section."
+    )
     output: str = Field(min_length=1, description="The run folder. Relative to the working directory.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -87,6 +92,11 @@ class Config(Section):
     def __eq__(self, other: object) -> bool:
         """Equal settings; where they were written does not count."""
         return isinstance(other, Config) and self.model_dump() == other.model_dump()
+
+    @property
+    def tracking(self) -> TrackConfig | None:
+        """The trackers in full; None without any."""
+        return TrackConfig(to=self.track) if isinstance(self.track, list) else self.track
 
     @property
     def expanded_flags(self) -> str | None:
@@ -103,6 +113,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "train": TrainConfig,
+    "track": TrackConfig,
     "parts": PartsConfig,
     **{f"parts.{part}": PartConfig for part in reversed(PART_NAMES)},
     "unfreeze": UnfreezeConfig,

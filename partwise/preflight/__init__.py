@@ -24,6 +24,7 @@ from partwise.preflight.packages import check_packages
 from partwise.preflight.packing import check_packing
 from partwise.preflight.plan import check_plan
 from partwise.preflight.precision import check_precision
+from partwise.preflight.rates import check_rates
 from partwise.preflight.resume import check_resume
 from partwise.preflight.rows import check_rows, check_targets, check_template
 from partwise.preflight.stages import find_all
@@ -52,6 +53,7 @@ CHECKS: list[Check] = [
     check_output,
     check_model,
     check_plan,
+    check_rates,
     check_resume,
     check_lineage,
     check_disk,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from partwise.model.quantize import require_bitsandbytes
 from partwise.preflight.context import Context
 from partwise.records import PART_NAMES, Finding
+from partwise.trackers.libraries import require_tracker
 
 
 def check_packages(context: Context) -> list[Finding]:
@@ -19,4 +20,6 @@ def check_packages(context: Context) -> list[Finding]:
         if settings and settings.quantization:
             key = f"parts.{part}.quantization"
             require_bitsandbytes(f"{config.where(key)}: {key}: {settings.quantization}")
+    for name in config.tracking.to if config.tracking else ():
+        require_tracker(name, f"{config.where('track')}: track: {name}")
     return []

@@ -38,6 +38,11 @@ FREE_KEYS = (
     "train.keep_last",
     "train.keep_best",
     "train.verify",
+    "track",
+    "track.to",
+    "track.project",
+    "track.name",
+    "track.samples",
 )
 
 

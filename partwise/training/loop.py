@@ -52,6 +52,7 @@ from partwise.training.watch import Watch
 if TYPE_CHECKING:
     from partwise.data.loader import StepLoader
     from partwise.model.load import LoadedModel
+    from partwise.trackers.tracking import Tracking
 
 
 def run_stage(
@@ -68,6 +69,7 @@ def run_stage(
     engine: Engine | None = None,
     span: StageSpan | None = None,
     whole_plan: PartsPlan | None = None,
+    tracking: Tracking | None = None,
 ) -> dict[str, Any]:
     """Train to `num_steps`, from the start or from a checkpoint; the run's manifest, stamped at the end.
 
@@ -95,7 +97,7 @@ def run_stage(
     set_train_mode(model, plan)
 
     proof = Proof(model, plan, optimizer)
-    log = MetricsLog(run_folder, first_step, ranks.is_first, span.name)
+    log = MetricsLog(run_folder, first_step, ranks.is_first, span.name, tracking)
     steps = Shares(loader, engine)
     eval_steps = Shares(eval_loader, engine) if eval_loader else None
     records = [r for r in read_metrics(run_folder) if r["step"] > span.first_step]

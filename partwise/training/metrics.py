@@ -1,7 +1,7 @@
 """What a run tells: metrics.jsonl for programs, a progress line for people.
 
 In: a step's metrics or an evaluation loss. Out: one JSON line each, on disk at once. A resumed run first
-drops the lines after its checkpoint, so each step stands in the file once. Plots are in plots.py.
+drops the lines after its checkpoint, so each step stands in the file once. Plots are in plots/.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from partwise.records import StepMetrics
 from partwise.training.watch import Alarm
 
 if TYPE_CHECKING:
+    from partwise.trackers.tracking import Tracking
     from partwise.training.saver import Saved
     from partwise.training.stability import Decision
 
@@ -35,16 +36,25 @@ MOSTLY = 0.5  # from this share on, exactly-zero gradients are worth a place on 
 class MetricsLog:
     """RUN/metrics.jsonl, to append to; lines of steps after `last_step` are dropped first.
 
-    Of several ranks, one `writes`. Where there are stages, each line names its own.
+    Of several ranks, one `writes`. Where there are stages, each line names its own. `tracking` gets each
+    record, too.
 
     Raises:
         TrainingError: the file cannot be written, here or for a later line.
     """
 
-    def __init__(self, run_folder: Path, last_step: int = 0, writes: bool = True, stage: str = "") -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        last_step: int = 0,
+        writes: bool = True,
+        stage: str = "",
+        tracking: Tracking | None = None,
+    ) -> None:
         self.path = run_folder / METRICS_FILE
         self.writes = writes
         self.named = {"stage": stage} if stage else {}
+        self.tracking = tracking
         if not writes:
             return
         kept = [record for record in read_metrics(run_folder) if record["step"] <= last_step]
@@ -81,6 +91,8 @@ class MetricsLog:
             return
         with self._told(), self.path.open("a") as file:
             file.write(json.dumps({**record, **self.named}) + "\n")
+        if self.tracking is not None:
+            self.tracking.log(record)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

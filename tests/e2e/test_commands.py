@@ -75,7 +75,7 @@ def test_the_toy_task_is_learned_and_answered_without_partwise(trained, toy, run
 def test_the_run_folder_holds_what_the_docs_say(trained) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"config.yaml", "plan.json", "report.json", "metrics.jsonl", "plots", "final"} <= names
-    assert (trained / "plots/loss.png").stat().st_size > 10_000
+    assert (trained / "plots/curves.png").stat().st_size > 10_000
     final = {path.name for path in (trained / "final").iterdir()}
     assert {
         "config.json",
@@ -197,10 +197,12 @@ def test_parts_prints_the_tree_of_a_model_and_the_plan_of_a_config(toy, tmp_path
 
 
 def test_plot_lays_runs_over_each_other(trained, run_cli) -> None:
-    picture = trained / "plots/loss.png"
+    picture, page = trained / "plots/curves.png", trained / "plots/curves.html"
     picture.unlink()
-    assert run_cli("plot", trained).code == 0
-    assert picture.stat().st_size > 10_000
+    page.unlink()
+    done = run_cli("plot", trained, trained, "--x", "tokens", "--smooth", "0.1")
+    assert done.code == 0 and done.out.split() == ["wrote", str(picture), "wrote", str(page)]
+    assert picture.stat().st_size > 10_000 and '"axis":"tokens","smoothing":0.1' in page.read_text()
 
 
 def test_schema_is_json_with_every_section(run_cli) -> None:

@@ -73,6 +73,22 @@ def test_every_console_line_runs(checkout, run_cli, monkeypatch, name) -> None:
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["plots.md", "learning-rate.md"])
+def test_every_bash_line_of_these_pages_runs(checkout, run_cli, monkeypatch, name) -> None:
+    """Range tests with the fewest steps: what they find is the business of test_find_lr."""
+    folder, _ = checkout
+    monkeypatch.chdir(folder)
+    lines = [line for block in blocks(ROOT / "docs" / name, "bash") for line in block.splitlines()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "partwise"
+        fewest = ["--steps", "20"] if arguments[0] == "find-lr" else []
+        done = run_cli(*arguments, *fewest)
+        assert done.code == 0, f"{line}\n{done.out}{done.err}"
+
+
+@pytest.mark.timeout(1200)
 def test_the_python_block_of_the_readme_runs(checkout, environment) -> None:
     folder, _ = checkout
     for code in blocks(ROOT / "README.md", "python"):

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the progress line, the loss plot, and what a step tells when a number is not finite."""
+"""metrics.jsonl, the progress line, and what a step tells when a number is not finite."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from io import StringIO
 
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
-from partwise.errors import CheckpointError, TrainingError
+from partwise.errors import TrainingError
 from partwise.records import StepMetrics
 from partwise.training.metrics import MetricsLog, ProgressLine, format_step, read_metrics
-from partwise.training.plots import plot_runs, smooth
 from partwise.training.step import StepOutcome, read_outcomes
 
 
@@ -115,38 +113,6 @@ def test_the_live_line_wraps_in_a_narrow_terminal(width):
 def test_one_rate_is_shown_without_part_names():
     line = format_step(make_metrics(2, learning_rates={"projector": 1e-4, "language_model": 1e-4}), 10, 75.0)
     assert "  lr 1.00e-04  " in line and line.endswith("left 0:01:15")
-
-
-def test_smoothing_does_not_lag_and_keeps_the_ends():
-    line = [float(value) for value in range(100)]
-    assert smooth(line) == pytest.approx(line)
-    noisy = [value + (-1) ** index * 5 for index, value in enumerate(line)]
-    assert max(abs(a - b) for a, b in zip(smooth(noisy)[10:90], line[10:90], strict=True)) < 2
-    assert smooth([1.0, 2.0]) == [1.0, 2.0]
-
-
-def test_plot_of_two_runs(tmp_path):
-    for name, scale in (("one", 1.0), ("two", 2.0)):
-        (tmp_path / name).mkdir()
-        log = MetricsLog(tmp_path / name)
-        for step in range(1, 40):
-            log.write_step(make_metrics(step, loss=scale / step))
-        log.write_eval(39, scale)
-    path = plot_runs([tmp_path / "one", tmp_path / "two"])
-    assert path == tmp_path / "one" / "plots" / "loss.png"
-    both = Image.open(path).convert("RGB")
-    assert both.width > 600 and len(set(both.getdata())) > 100
-    blue, orange = (31, 119, 180), (255, 127, 14)
-    assert {blue, orange} <= set(both.getdata())
-    plot_runs([tmp_path / "one"])
-    assert orange not in set(Image.open(path).convert("RGB").getdata())
-
-
-def test_plot_of_a_folder_without_steps_is_refused(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"metrics\.jsonl has no logged step, so there is nothing to draw"
-    ):
-        plot_runs([tmp_path])
 
 
 def make_outcome(step: int, *values: float) -> StepOutcome:
