@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from partwise.config import Config, load_config
+from partwise.config.sections import EvaluateConfig
 from partwise.errors import CheckpointError, ConfigError
 from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
@@ -38,6 +39,8 @@ FREE_KEYS = (
     "train.keep_last",
     "train.keep_best",
     "train.verify",
+    "evaluate",
+    *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
 )
 
 
