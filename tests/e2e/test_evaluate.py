@@ -187,6 +187,30 @@ def test_a_resumed_run_counts_the_evaluations_before_it(stalled, newest, tmp_pat
     assert [record["step"] for record in records(tmp_path / "run", "eval_scores")] == [1, 2, 3]
 
 
+def test_a_stage_ends_when_nothing_gets_better_and_the_next_one_counts_anew(
+    stalled, toy, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("partwise.run.MODEL_CHECKS", [])  # they take longer than the steps
+    config, _ = stalled
+    settings = json.loads(config.read_text())
+    path = toy.config(
+        tmp_path,
+        parts={"projector": "full"},
+        data__eval=str(toy.held_out),
+        train__steps=None,
+        evaluate=settings["evaluate"],
+        stages=[
+            {"name": "first", "parts": ["projector"], "steps": 4},
+            {"name": "second", "parts": ["projector"], "steps": 4, "learning_rate": 1e-4},
+        ],
+    )
+    text = train(path)
+    assert 'stage "first" ends after 3 steps: no better evaluation' in text
+    assert 'stage "second" ends after 3 steps: no better evaluation' in text
+    assert [record["step"] for record in records(tmp_path / "run", "eval_scores")] == [1, 2, 3, 4, 5, 6]
+    assert [r["stage"] for r in records(tmp_path / "run", "stage_end")] == ["first", "second"]
+
+
 def test_eval_compares_a_run_with_its_base(judged, toy, run_cli, tmp_path):
     run, _ = judged
     out = tmp_path / "out"
