@@ -174,8 +174,8 @@ class Evaluations:
         best = cost if self.best_by == LOSS else -cost
         assert self.settings is not None
         return (
-            f"the best {self.best_by} was {best:.4f}, after step {step}, and none of the "
-            f"{self.settings.patience} since then was better"
+            f"the best {self.best_by} was {best:.4f}, after step {step}, and evaluate.patience is "
+            f"{self.settings.patience}"
         )
 
 

@@ -163,7 +163,7 @@ def test_training_ends_when_nothing_gets_better(stalled):
     run = config.parent / "run"
     told = (
         "training ends after 3 steps: no better evaluation; the best constant was 0.5000, after step 1, and "
-        "none of the 2 since then was better"
+        "evaluate.patience is 2"
     )
     assert told in text and "step 3: all" in text
     assert json.loads((run / "final/partwise.json").read_text())["step"] == 3
