@@ -7,6 +7,7 @@ partwise.check(config)            # findings, as `partwise check` prints them
 final = partwise.train(config)    # the folder of the trained model
 loaded = partwise.open_chat(final)
 partwise.answer(loaded, [partwise.user_message("Which digit is this?", [image])])
+partwise.evaluate(final, ["held_out.jsonl"]).judgement.scores
 partwise.find_parts(loaded.model) # the parts of any transformers model
 """
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from partwise.serve.chat import answer as answer
     from partwise.serve.chat import open_chat as open_chat
     from partwise.serve.chat import user_message as user_message
+    from partwise.serve.evaluate import EvalOptions as EvalOptions
+    from partwise.serve.evaluate import evaluate as evaluate
 
 # bitsandbytes, which PEFT imports where it is installed, warns on some CPUs that a kernel for inference there
 # is missing. It is not used here.
@@ -43,12 +46,14 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "accelerator to CPU" not
 # Imported when first asked for, so that `import partwise` and `partwise --help` stay light.
 _HOMES = {
     "Config": "partwise.config",
+    "EvalOptions": "partwise.serve.evaluate",
     "ExportOptions": "partwise.export.folder",
     "StoppedError": "partwise.errors",
     "UserError": "partwise.errors",
     "answer": "partwise.serve.chat",
     "cache": "partwise.run",
     "check": "partwise.run",
+    "evaluate": "partwise.serve.evaluate",
     "export_runs": "partwise.export.folder",
     "find_parts": "partwise.model.find",
     "load_config": "partwise.config",

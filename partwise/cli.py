@@ -250,6 +250,61 @@ def chat(
     run_chat(model, images, prompt, max_new_tokens, trust_remote_code, accept_base)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model, adapter or run folder.")],
+    data: Annotated[
+        list[Path], typer.Option("--data", help="Rows to answer: .jsonl, .json or .parquet; may repeat.")
+    ],
+    metrics: Annotated[
+        str, typer.Option("--metrics", metavar="NAME,NAME", help="Or path/to/file.py:function.")
+    ] = "exact_match",
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="MODEL", help="Compare with this model's answers.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for samples.jsonl and samples.html.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Ask about a sample of so many rows, instead of all.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows answered at once.")] = 16,
+    budget_seconds: Annotated[
+        float | None, typer.Option("--budget-seconds", help="Begin no batch of rows later than this.")
+    ] = None,
+    group_by: Annotated[
+        str | None, typer.Option("--group-by", metavar="KEY", help="A row of means for each of its values.")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Ask about other images and blank ones, too.")
+    ] = False,
+    loss: Annotated[bool, typer.Option("--loss/--no-loss", help="The loss on the rows, too.")] = True,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which rows are the sample.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    accept_base: AcceptBase = False,
+) -> None:
+    """Judge a model by what it answers."""
+    with quick_imports():
+        from partwise.serve.evaluate import EvalOptions
+        from partwise.serve.evaluate import evaluate as judge
+
+    options = EvalOptions(
+        metrics=tuple(name.strip() for name in metrics.split(",")),
+        max_rows=rows,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        budget_seconds=budget_seconds,
+        group_by=group_by,
+        control=control,
+        with_loss=loss,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        accept_base=accept_base,
+    )
+    judge(model, data, options, baseline, out, console())
+
+
 @app.command()
 def lineage(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Run, model or adapter folder.")],

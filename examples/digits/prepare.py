@@ -54,7 +54,8 @@ def write_row(folder: Path, name: str, image: Image.Image, digit: int, question:
         {"role": "user", "content": f"<image>{question}"},
         {"role": "assistant", "content": QUESTIONS[question](digit)},
     ]
-    return json.dumps({"messages": messages, "images": [f"images/{name}.png"]}) + "\n"
+    row = {"messages": messages, "images": [f"images/{name}.png"], "question": question}
+    return json.dumps(row) + "\n"
 
 
 def enlarge(scan: np.ndarray) -> Image.Image:

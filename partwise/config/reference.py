@@ -57,7 +57,7 @@ def write_reference(schema: Mapping[str, Any]) -> str:
     sections = {
         name: schema["$defs"][reference.rpartition("/")[2]]
         for name, field in schema["properties"].items()
-        if (reference := field.get("$ref"))
+        if (reference := next((f["$ref"] for f in (field, *field.get("anyOf", ())) if "$ref" in f), ""))
     }
     top = {name: field for name, field in schema["properties"].items() if name not in FLAGS}
     tables = [_INTRODUCTION, "## Top level\n", _table(top, schema.get("required", ()))]

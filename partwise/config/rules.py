@@ -7,10 +7,18 @@ Whether a plan fits the model is not known here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 
 from partwise.config.document import Fault
 from partwise.config.faults import show_value
-from partwise.config.sections import DataConfig, ModelConfig, PartConfig, PartsConfig, TrainConfig
+from partwise.config.sections import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PartConfig,
+    PartsConfig,
+    TrainConfig,
+)
 from partwise.records import PART_NAMES
 
 
@@ -95,6 +103,53 @@ def check_evaluation(train: TrainConfig, data: DataConfig) -> Iterator[Fault]:
         yield Fault(
             "train.keep_best",
             f"train.keep_best: {train.keep_best} has no effect: there is no {key}. Add it, or remove this.",
+        )
+
+
+def metric_name(metric: str) -> str:
+    """How a metric is called where its scores are shown: "scores.py:is_polite" -> "is_polite"."""
+    return metric.rpartition(":")[2]
+
+
+def check_judging(evaluate: EvaluateConfig | None, data: DataConfig, engine: str) -> Iterator[Fault]:
+    if evaluate is None:
+        return
+    if data.eval is None:
+        yield Fault("evaluate", "evaluate: has no effect: there is no data.eval. Add it, or remove this.")
+    if evaluate.metrics and engine in ("fsdp", "zero3"):
+        yield Fault(
+            "evaluate.metrics",
+            f"evaluate.metrics: {show_value(evaluate.metrics)} beside engine: {engine}: no process has the "
+            "whole model, so it would gather all weights for each token of an answer. Write metrics: [] for "
+            "the loss alone and judge the answers afterwards with partwise eval, or choose another engine.",
+        )
+    for key in () if evaluate.metrics else ("control", "group_by", "budget_seconds"):
+        if getattr(evaluate, key):
+            yield Fault(
+                f"evaluate.{key}",
+                f"evaluate.{key}: {show_value(getattr(evaluate, key))} has no effect: evaluate.metrics is "
+                "empty, so nothing is asked. Name a metric, or remove this.",
+            )
+    if evaluate.control and data.feature_cache is not None:
+        yield Fault(
+            "evaluate.control",
+            "evaluate.control: true beside data.feature_cache: no features are kept of a blank image. Remove "
+            "this, and ask afterwards with partwise eval --control.",
+        )
+    known = ["loss", *map(metric_name, evaluate.metrics)]
+    if evaluate.best_by not in known:
+        close = get_close_matches(evaluate.best_by, known, n=1)
+        hint = f' Did you mean "{close[0]}"?' if close else ""
+        yield Fault(
+            "evaluate.best_by",
+            f"evaluate.best_by: {show_value(evaluate.best_by)} is not measured; there is "
+            f"{', '.join(known)}.{hint} Choose one, or add it to evaluate.metrics.",
+        )
+    if evaluate.patience is not None and evaluate.every is None:
+        yield Fault(
+            "evaluate.patience",
+            f"evaluate.patience: {evaluate.patience} has no effect: evaluations have no distance. Set "
+            "evaluate.every, or remove this.",
         )
 
 

@@ -217,13 +217,16 @@ class TrainConfig(Section):
     )
     seed: int = Field(0, ge=0, description="Seed of the row order, new weights and dropout.")
     log_every: Steps = Field(1, ge=1, description="Distance of the lines in metrics.jsonl.")
-    eval_every: Steps | None = Field(None, ge=1, description="Distance of evaluations; also at the end.")
+    eval_every: Steps | None = Field(
+        None, ge=1, description="Distance of evaluations of the loss; also at the end."
+    )
     save_every: Steps | None = Field(None, ge=1, description="Distance of checkpoints.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints that are kept; final/ always is.")
     keep_best: int = Field(
         0,
         ge=0,
-        description="Checkpoints with the lowest evaluation loss that are kept besides; each is evaluated.",
+        description="Checkpoints with the best evaluation that are kept besides, by evaluate.best_by or the "
+        "lowest loss; each is evaluated.",
     )
     verify: Literal["sample", "off"] = Field(
         "sample",
@@ -255,3 +258,43 @@ Track = Annotated[
     Annotated[TrackerNames, Tag("trackers")] | Annotated[TrackConfig, Tag("track settings")],
     Discriminator(lambda value: "trackers" if isinstance(value, list) else "track settings"),
 ]
+
+
+class EvaluateConfig(Section):
+    """How the model is judged while it trains and at its end: by its loss on the rows of data.eval, and by
+    what it answers to them."""
+
+    every: Steps | None = Field(
+        None, ge=1, description="Distance of evaluations; also at the end, and of checkpoints with keep_best."
+    )
+    metrics: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=["exact_match"],
+        description="What answers are judged by: exact_match, contains, token_f1, rouge_l, anls, "
+        "relaxed_accuracy, or a function of yours as path/to/file.py:function. Empty: the loss alone.",
+    )
+    rows: Rows = Field(
+        256, ge=1, description="Most rows of data.eval that are asked: a sample by train.seed."
+    )
+    max_new_tokens: Tokens = Field(64, ge=1, description="Longest answer.")
+    batch_size: Rows = Field(16, ge=1, description="Rows that are answered at once, by each process.")
+    budget_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="No batch of rows is begun later than this; how many were judged is told.",
+        json_schema_extra={"unit": "seconds"},
+    )
+    group_by: str | None = Field(
+        None, min_length=1, description="Key of the rows whose values get a mean each."
+    )
+    control: bool = Field(
+        False, description="Ask about another row's images and blank ones, too: does the model look?"
+    )
+    best_by: str = Field(
+        "loss", min_length=1, description="loss, or a metric: what keep_best and patience go by."
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Training ends after so many evaluations in a row without a better best_by.",
+        json_schema_extra={"unit": "evaluations"},
+    )

@@ -36,12 +36,14 @@ from partwise.config.rules import (
     check_engine,
     check_evaluation,
     check_features,
+    check_judging,
     check_parts,
     check_train,
 )
 from partwise.config.sections import (
     TAGS,
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     PartConfig,
     PartsConfig,
@@ -67,6 +69,7 @@ class Config(Section):
     parts: PartsConfig = Field(description="What happens to each part of the model.")
     data: DataConfig = Field(description="The rows, and how long an example may be.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Steps, rates and what is saved.")
+    evaluate: EvaluateConfig | None = Field(None, description="How the model is judged by what it answers.")
     engine: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = Field(
         "auto",
         description="How several processes share the work: ddp copies the model, zero2 shards masters, "
@@ -114,6 +117,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataConfig,
     "train": TrainConfig,
     "track": TrackConfig,
+    "evaluate": EvaluateConfig,
     "parts": PartsConfig,
     **{f"parts.{part}": PartConfig for part in reversed(PART_NAMES)},
     "unfreeze": UnfreezeConfig,
@@ -212,6 +216,7 @@ def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> 
         *check_adapter(config.model, config.parts),
         *check_engine(config.engine, config.parts, config.train),
         *check_evaluation(config.train, config.data),
+        *check_judging(config.evaluate, config.data, config.engine),
         *check_features(config.data, config.parts),
         *check_stages(config),
     ]

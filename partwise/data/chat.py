@@ -201,8 +201,10 @@ def read_pictures(conversation: Conversation) -> list[Picture]:
     return [decode_picture(image, row) for image in conversation.images]
 
 
-def prompt_inputs(processor: Any, conversation: Conversation) -> BatchFeature:
-    """The model's inputs for the next answer: tensors of one row, (1, T), and image inputs.
+def prompt_inputs(
+    processor: Any, conversation: Conversation, features: FeatureStore | None = None
+) -> BatchFeature:
+    """The model's inputs for the next answer: tensors of one row, (1, T), and image inputs or `features`.
 
     Raises:
         DataError: as for an example; the row is named by the conversation's source and row.
@@ -210,8 +212,12 @@ def prompt_inputs(processor: Any, conversation: Conversation) -> BatchFeature:
     row = row_name(conversation.source, conversation.row)
     check_control_tokens(conversation, control_pattern(processor), row)
     text = render(processor, conversation.messages, row, add_generation_prompt=True)
-    pictures = [picture.pixels for picture in read_pictures(conversation)]
-    inputs = run_processor(processor, text, pictures, row)
+    if features is None:
+        pictures = [picture.pixels for picture in read_pictures(conversation)]
+        inputs = run_processor(processor, text, pictures, row)
+    else:
+        stored = [features.get(image, row) for image in conversation.images]
+        inputs = run_stored(processor, text, stored, row)
     return BatchFeature(
         {k: v for k, v in inputs.items() if k not in ("offset_mapping", "text_replacement_offsets")}
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image as PILImage
@@ -91,15 +91,21 @@ def read_page_row(rows: Sequence[Conversation], chat_format: ChatFormat, index: 
 
 def preview_page(title: str, rows: Sequence[PageRow]) -> str:
     """The page of these rows."""
-    name = html.escape(title)
-    sections = "\n".join(_section(row) for row in rows)
+    explained = (
+        "<p>The text is what the model reads. <mark>Marked tokens</mark> are trained, all others are not; "
+        '<span class="media">image tokens</span> are shown as their number.</p>'
+    )
+    return whole_page(title, [explained, *map(_section, rows)])
+
+
+def whole_page(title: str, blocks: Iterable[str], style: str = "") -> str:
+    """The blocks of HTML as a page; `style` is added to that of all pages."""
+    name, body = html.escape(title), "\n".join(blocks)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
-        "<p>The text is what the model reads. <mark>Marked tokens</mark> are trained, all others are not; "
-        '<span class="media">image tokens</span> are shown as their number.</p>\n'
-        f"{sections}\n</body>\n</html>\n"
+        f"<title>{name}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<h1>{name}</h1>\n"
+        f"{body}\n</body>\n</html>\n"
     )
 
 
@@ -112,8 +118,7 @@ def _section(row: PageRow) -> str:
         lines.append(f'<p class="bad">training drops this row: {html.escape(row.dropped)}</p>')
     lines.append(f"<pre>{''.join(map(_segment, row.segments))}</pre>")
     if row.pictures:
-        figures = "\n".join(_figure(i, *named) for i, named in enumerate(row.pictures, start=1))
-        lines.append(f'<div class="images">\n{figures}\n</div>')
+        lines.append(images_block(row.pictures))
     return "\n".join([*lines, "</section>"])
 
 
@@ -127,6 +132,12 @@ def _segment(segment: Segment) -> str:
     if segment.kind == "image":
         return f'<span class="media">{text}</span>'
     return f"<mark>{text}</mark>" if segment.kind == "trained" else text
+
+
+def images_block(pictures: Sequence[tuple[str, PILImage.Image]]) -> str:
+    """The pictures beside each other, each with its number, size and name."""
+    figures = "\n".join(_figure(i, *named) for i, named in enumerate(pictures, start=1))
+    return f'<div class="images">\n{figures}\n</div>'
 
 
 def _figure(number: int, name: str, picture: PILImage.Image) -> str:

@@ -182,12 +182,17 @@ class Rows(Sequence[Conversation]):
 
     def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
         """The conversation of one row. Raises: DataError that names file and line."""
+        path, number, row = self.read(index)
+        return read_conversation(row, path, number)
+
+    def read(self, index: int) -> tuple[str, int, Any]:
+        """The file, the number in it, and the row itself. Raises: DataError that names file and line."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         position = bisect.bisect_right(self.ends, index)
         path, file = self.files[position]
         number, row = file.read(index - (self.ends[position] - len(file)))
-        return read_conversation(row, path, number)
+        return path, number, row
 
 
 def open_rows(files: Sequence[str | Path]) -> Rows:

@@ -8,7 +8,7 @@ when the folders themselves are gone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -86,10 +86,16 @@ def told_by(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"modes": modes, **{key: manifest[key] for key in RECORDED if key in manifest}}
 
 
-def stamp_manifest(manifest: dict[str, Any], step: int, eval_loss: float | None = None) -> dict[str, Any]:
-    """The manifest of one checkpoint: the run's, with the steps done, the time (UTC), and a loss if known."""
-    measured = {} if eval_loss is None else {"eval_loss": eval_loss}
-    return {**manifest, "step": step, **measured, "created": now()}
+def stamp_manifest(
+    manifest: dict[str, Any],
+    step: int,
+    eval_loss: float | None = None,
+    eval_scores: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The manifest of one checkpoint: the run's, with the steps done, the time (UTC), what was measured."""
+    measured = {"eval_loss": eval_loss, "eval_scores": dict(eval_scores) if eval_scores else None}
+    known = {name: value for name, value in measured.items() if value is not None}
+    return {**manifest, "step": step, **known, "created": now()}
 
 
 def library_versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from partwise.errors import ConfigError, UserError
 from partwise.preflight.context import Context
 from partwise.preflight.copies import check_duplicates, check_overlap
+from partwise.preflight.evaluate import check_evaluate
 from partwise.preflight.features import check_features
 from partwise.preflight.images import check_image_tokens, check_images
 from partwise.preflight.lineage import check_lineage
@@ -46,6 +47,7 @@ ROW_CHECKS: list[Check] = [
     check_end_of_turn,
     check_duplicates,
     check_overlap,
+    check_evaluate,
 ]
 CHECKS: list[Check] = [
     check_config,
@@ -71,6 +73,7 @@ RUN_CHECKS: list[Check] = [
     check_resume,
     check_lineage,
     check_disk,
+    check_evaluate,
 ]
 MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_time]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from partwise.config import Config, load_config
+from partwise.config.sections import EvaluateConfig
 from partwise.errors import CheckpointError, ConfigError
 from partwise.preflight.context import Context
 from partwise.records import Finding, PartsPlan
@@ -43,6 +44,8 @@ FREE_KEYS = (
     "track.project",
     "track.name",
     "track.samples",
+    "evaluate",
+    *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
 )
 
 

@@ -23,6 +23,7 @@ from partwise.preflight.context import Context
 from partwise.preflight.probe import examples_at, spread, typical_groups, usable_rows
 from partwise.records import Batch, Finding, StepData
 from partwise.tables import format_seconds
+from partwise.training.evaluations import Schedule
 from partwise.training.job import Job
 from partwise.training.probe import measuring, untouched
 from partwise.training.step import accumulate_loss, batch_loss_sum
@@ -131,11 +132,12 @@ def with_rows(job: Job, computing: float, preparing: float) -> float:
 
 
 def evaluations(context: Context, timing: Timing) -> tuple[int, float]:
-    """How many there are, one at the end included, and the seconds of each."""
+    """How many there are, one at the end included, and the seconds of each, without answers."""
     job, train, scan = context.job, context.config.train, context.eval_scan
     if job.eval_rows is None or scan is None or not scan.num_examples:
         return 0, 0.0
-    number = 1 + (job.num_steps - 1) // train.eval_every if train.eval_every else 1
+    schedule = Schedule(context.config, job.num_steps)
+    number = sum(schedule.measures_at(done) for done in range(1, job.num_steps + 1))
     longer = tokens_per_row(scan, job) / tokens_per_row(context.train_scan, job)
     num_rows = len(job.eval_rows)
     computing = num_rows / train.global_batch_size * timing.number * timing.forward * longer

@@ -8,17 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image as PILImage
 from transformers import TextStreamer
 
 from partwise.config import ModelConfig
 from partwise.data.chat import prompt_inputs
 from partwise.data.rows import parse_image
+from partwise.data.template import tokenizer_of
 from partwise.engine.device import pick_device
 from partwise.errors import DataError
+from partwise.evaluation.generate import generate_answers
 from partwise.export.adapter import open_adapter
 from partwise.export.folder import final_folder
 from partwise.model.folder import is_adapter
@@ -45,7 +45,6 @@ def open_chat(
     return loaded
 
 
-@torch.inference_mode()
 def answer(
     loaded: LoadedModel,
     messages: list[Message],
@@ -54,15 +53,8 @@ def answer(
 ) -> str:
     """The model's answer to the last user message, decoded greedily, without special tokens."""
     conversation = Conversation(tuple(messages), source="chat", row=0)
-    inputs = prompt_inputs(loaded.processor, conversation)
-    model: Any = loaded.model
-    inputs = {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for key, value in inputs.items()
-    }
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    tokens = output[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer_of(loaded).decode(tokens, skip_special_tokens=True)).strip()
+    prompt = prompt_inputs(loaded.processor, conversation)
+    return generate_answers(loaded.model, loaded.processor, [prompt], max_new_tokens, streamer)[0]
 
 
 def user_message(text: str, images: Sequence[str | Path | bytes | PILImage.Image] = ()) -> Message:
@@ -101,7 +93,7 @@ def run_chat(
     loaded = open_chat(folder, trust_remote_code=trust_remote_code, accept_base=accept_base)
     if image_paths and not hasattr(loaded.processor, "image_processor"):
         raise DataError(f"--image: {folder} is a text model and takes no images. Leave --image out.")
-    streamer = TextStreamer(tokenizer_of(loaded), skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer_of(loaded.processor), skip_prompt=True, skip_special_tokens=True)
     messages: list[Message] = []
     question = prompt if prompt is not None else ask_user(read)
     while question:
@@ -123,7 +115,3 @@ def ask_user(read: Callable[[str], str]) -> str | None:
     except EOFError:
         print()
         return None
-
-
-def tokenizer_of(loaded: LoadedModel) -> Any:
-    return getattr(loaded.processor, "tokenizer", loaded.processor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from partwise.model.load import LoadedModel
+
+
+LOSS = "loss"  # what best_by calls the evaluation loss
 
 
 class TrainingState(NamedTuple):
@@ -190,24 +194,36 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def rotate_checkpoints(
-    run_folder: Path, keep_last: int, keep_best: int = 0, spared: Path | None = None
+    run_folder: Path,
+    keep_last: int,
+    keep_best: int = 0,
+    spared: Path | None = None,
+    best_by: str = LOSS,
 ) -> None:
-    """Delete all but the newest `keep_last` whole checkpoints and the `keep_best` of the lowest evaluation
-    loss, and what torn writes left behind. `spared` stays this time.
+    """Delete all but the newest `keep_last` whole checkpoints and the `keep_best` best ones, and what torn
+    writes left behind. `spared` stays this time.
     """
     whole = whole_checkpoints(run_folder)
-    losses = {folder: loss for folder in whole if (loss := eval_loss_of(folder)) is not None}
-    best = sorted(losses, key=lambda folder: losses[folder])[:keep_best]
+    costs = {folder: cost for folder in whole if (cost := cost_of(folder, best_by)) is not None}
+    best = sorted(costs, key=lambda folder: costs[folder])[:keep_best]
     for folder in [*torn_checkpoints(run_folder), *(set(whole) - {*whole[-keep_last:], *best, spared})]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def eval_loss_of(folder: Path) -> float | None:
-    """The evaluation loss in a whole checkpoint's manifest; None where there is none to read."""
+def cost_of(folder: Path, best_by: str) -> float | None:
+    """What the manifest of a whole checkpoint says of it, lower is better; None where it says nothing."""
     try:
-        return (read_manifest(folder) or {}).get("eval_loss")
+        return cost_in(read_manifest(folder) or {}, best_by)
     except CheckpointError:
         return None
+
+
+def cost_in(record: Mapping[str, Any], best_by: str) -> float | None:
+    """Of a manifest or a line of metrics.jsonl: the loss, or a metric's score, of which higher is better."""
+    if best_by == LOSS:
+        return record.get("eval_loss")
+    score = record.get("eval_scores", {}).get(best_by)
+    return None if score is None else -score
 
 
 def whole_checkpoints(run_folder: Path) -> list[Path]:

@@ -27,7 +27,8 @@ from partwise.lineage.verify import Probe
 from partwise.model.parts import set_train_mode, verify_plan
 from partwise.model.quantize import quantization_of
 from partwise.records import Finding, PartsPlan, StepData, StepMetrics
-from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, resume_command, step_of
+from partwise.training.checkpoint import LOSS, checkpoint_folder, load_checkpoint, resume_command, step_of
+from partwise.training.evaluations import Evaluations, is_due
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer
@@ -36,12 +37,11 @@ from partwise.training.proof import Proof, add_to_report
 from partwise.training.saver import Saver
 from partwise.training.share import Shares
 from partwise.training.span import StageSpan
-from partwise.training.stability import Ending
+from partwise.training.stability import PATIENCE, Decision, Ending
 from partwise.training.step import (
     NonFiniteError,
     StepOutcome,
     StepValues,
-    evaluate_loss,
     read_outcomes,
     train_step,
 )
@@ -103,6 +103,7 @@ def run_stage(
     records = [r for r in read_metrics(run_folder) if r["step"] > span.first_step]
     watch, ending = Watch(records), Ending(span, records, train.log_every, ranks)
     run_steps = span.run_steps or num_steps
+    best_by = config.evaluate.best_by if config.evaluate else LOSS
     with (
         ProgressLine(run_steps, first_step, console or Console()) as progress,
         StopSignals() as stop,
@@ -115,17 +116,18 @@ def run_stage(
             log.write_save,
             progress.show_text,
             make_verifier(loaded, whole_plan, config, steps, run_folder, progress),
+            best_by,
         ) as saver,
     ):
+        evaluations = Evaluations(loaded, config, eval_steps, span, run_folder, log, progress)
+        # A run may have been killed between its last step and its end.
+        last_step = first_step if evaluations.is_stalled else span.last_step
         pending, done = PendingSteps(), first_step
-        for wait_seconds, step_data in timed(steps.iterate(first_step, span.last_step)):
+        for wait_seconds, step_data in timed(steps.iterate(first_step, last_step)):
             done = step_data.step + 1
             is_first, is_last = step_data.step == first_step, done == span.last_step
             is_saved = is_due(done, train.save_every)
-            evaluates = eval_steps is not None and (
-                is_last or is_due(done, train.eval_every) or (is_saved and train.keep_best > 0)
-            )
-            logs = is_last or evaluates or is_saved or is_due(done, train.log_every)
+            logs = is_last or evaluations.are_due(done) or is_saved or is_due(done, train.log_every)
 
             seed_everything(train.seed, done, ranks.rank)
             pending.add(train_step(model, step_data, optimizer, device, observe=logs), wait_seconds)
@@ -156,15 +158,18 @@ def run_stage(
                 progress.show_text(decision.text)
                 if not is_last:
                     prove(proof, done, ranks, run_folder, progress)
-                is_last, evaluates = True, eval_steps is not None
-            # A long evaluation is given up for a stop signal: the checkpoint matters more.
-            eval_loss = evaluate_loss(model, eval_steps, device, stop.__bool__, engine) if evaluates else None
-            if eval_loss is not None:
-                log.write_eval(done, eval_loss)
-                progress.show_eval(done, eval_loss)
+                is_last = True
+            measured = evaluations.run(done, is_last, device, stop.__bool__)
             stops = stops or ranks.any(bool(stop))
+            if evaluations.is_stalled and not is_last:
+                decision = Decision(done, span.name, done - span.first_step, PATIENCE)
+                log.write_end(decision)
+                progress.show_text(f"{decision.text}; {evaluations.stalled_text}")
+                prove(proof, done, ranks, run_folder, progress)
+                is_last = True
             if is_saved or stops or (is_last and not span.is_last):
-                saver.save(stamp_manifest(span.stamp(manifest, done, is_last), done, eval_loss))
+                stamped = span.stamp(manifest, done, is_last)
+                saver.save(stamp_manifest(stamped, done, measured.loss, measured.scores))
             if stops:
                 saver.wait()
                 raise stopped(ranks.gather(stop.received), run_folder, done, run_steps)
@@ -224,10 +229,6 @@ def stopped(received: Sequence[Signals | None], run_folder: Path, done: int, num
         f"{checkpoint_folder(run_folder, done)}. Go on with: {resume_command(run_folder)}",
         signal,
     )
-
-
-def is_due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
 
 
 def timed(steps: Iterator[StepData]) -> Iterator[tuple[float, StepData]]:

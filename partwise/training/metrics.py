@@ -21,10 +21,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from partwise.errors import TrainingError
+from partwise.evaluation.tables import CONTROL_TITLES, judged_line
 from partwise.records import StepMetrics
 from partwise.training.watch import Alarm
 
 if TYPE_CHECKING:
+    from partwise.evaluation.judgement import Judgement
     from partwise.trackers.tracking import Tracking
     from partwise.training.saver import Saved
     from partwise.training.stability import Decision
@@ -68,6 +70,25 @@ class MetricsLog:
 
     def write_eval(self, step: int, eval_loss: float) -> None:
         self._write({"step": step, "eval_loss": eval_loss})
+
+    def write_scores(self, step: int, judgement: Judgement) -> None:
+        groups = {
+            name: judgement.mean(sample.scores for sample in samples)
+            for name, samples in judgement.groups.items()
+            if name
+        }
+        controls = judgement.control_scores
+        self._write(
+            {
+                "step": step,
+                "eval_scores": judgement.scores,
+                "eval_judged_rows": len(judgement.samples),
+                "eval_rows": judgement.num_rows,
+                "eval_seconds": judgement.seconds,
+                **({"eval_groups": groups} if groups else {}),
+                **({"eval_control": controls} if controls else {}),
+            }
+        )
 
     def write_save(self, saved: Saved) -> None:
         self._write(
@@ -150,6 +171,13 @@ class ProgressLine:
 
     def show_eval(self, step: int, eval_loss: float) -> None:
         self.show_text(f"step {step}/{self.num_steps}  eval loss {eval_loss:.4f}")
+
+    def show_scores(self, step: int, judgement: Judgement) -> None:
+        means = "  ".join(f"{name} {value:.3f}" for name, value in judgement.scores.items())
+        self.show_text(f"step {step}/{self.num_steps}  {means}  {judged_line(judgement)}")
+        for images, scores in list(judgement.control_scores.items())[1:]:
+            means = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            self.show_text(f"step {step}/{self.num_steps}  {means}  with {CONTROL_TITLES[images]}s")
 
     def show_text(self, text: str) -> None:
         """A line that stays: on a terminal it scrolls up above the live one."""

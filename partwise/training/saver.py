@@ -29,6 +29,7 @@ from partwise.model.shares import pinned_bytes
 from partwise.records import PartsPlan
 from partwise.tables import format_bytes
 from partwise.training.checkpoint import (
+    LOSS,
     TrainingState,
     checkpoint_folder,
     rotate_checkpoints,
@@ -73,6 +74,7 @@ class Saver:
         note: Callable[[Saved], None],
         tell: Callable[[str], None],
         verifier: Verifier | None = None,
+        best_by: str = LOSS,
     ) -> None:
         self.run_folder = run_folder
         self.plan = plan
@@ -80,6 +82,7 @@ class Saver:
         self.train = train
         self.note = note
         self.tell = tell
+        self.best_by = best_by
         self.verifier = verifier or Verifier(None, None, lambda finding: None)
         self.probe: Probe | None = None
         # Its own processor: a tokenizer that two threads use at once raises "Already borrowed".
@@ -192,7 +195,8 @@ class Saver:
         )
 
     def _rotate(self, spared: Path | None = None) -> None:
-        rotate_checkpoints(self.run_folder, self.train.keep_last, self.train.keep_best, spared)
+        keep_last, keep_best = self.train.keep_last, self.train.keep_best
+        rotate_checkpoints(self.run_folder, keep_last, keep_best, spared, self.best_by)
 
 
 class HostCopies:

@@ -19,12 +19,13 @@ from partwise.records import StepMetrics
 from partwise.training.span import StageSpan
 
 STEPS, STABLE, MAX_STEPS = "its steps are done", "stable", "max_steps"
+PATIENCE = "no better evaluation"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A stage ends after `step`. `slope` and `spread` are None where they were not asked for, or there are
-    not as many logged steps as the window has."""
+    """A stage, or a run without stages, ends after `step`. `slope` and `spread` are None where they were not
+    asked for, or there are not as many logged steps as the window has."""
 
     step: int
     name: str
@@ -43,7 +44,8 @@ class Decision:
 
     @property
     def text(self) -> str:
-        text = f'stage "{self.name}" ends after {self.steps} steps: {self.reason}'
+        what = f'stage "{self.name}"' if self.name else "training"
+        text = f"{what} ends after {self.steps} steps: {self.reason}"
         if self.slope is None or self.spread is None:
             return text
         return (

@@ -36,6 +36,7 @@ def files_saying(pattern: str) -> set[str]:
 def test_one_place_for_each_decision() -> None:
     assert files_saying(r"\.requires_grad\s*=|requires_grad_\(") <= {"model/parts.py"}
     assert files_saying(r"^\s*(from|import) deepspeed|torch\.distributed") <= ENGINE_FILES
+    assert files_saying(r"\.generate\(") <= {"evaluation/generate.py"}
     assert files_saying(r"model_type\s*(==|in)\b") <= {"families.py"}
     assert files_saying(r"os\.environ\.get\(|os\.environ\[|getenv|environment\.get\(") <= {"engine/launch.py"}
 
