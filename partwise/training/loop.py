@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
@@ -31,6 +31,7 @@ from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, res
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer
+from partwise.training.preference import Evaluated, Preference
 from partwise.training.probe import take_probe
 from partwise.training.proof import Proof, add_to_report
 from partwise.training.saver import Saver
@@ -50,6 +51,8 @@ from partwise.training.verifier import Verifier
 from partwise.training.watch import Watch
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from partwise.data.loader import StepLoader
     from partwise.model.load import LoadedModel
 
@@ -68,12 +71,14 @@ def run_stage(
     engine: Engine | None = None,
     span: StageSpan | None = None,
     whole_plan: PartsPlan | None = None,
+    open_preference: Callable[[], Preference | None] = lambda: None,
 ) -> dict[str, Any]:
     """Train to `num_steps`, from the start or from a checkpoint; the run's manifest, stamped at the end.
 
     With several ranks each of them runs it, and the first one writes and prints. A stage that others follow
     ends with a checkpoint. `span` says which steps of the run the stage has, and `whole_plan` is the plan of
-    all stages, which is what is saved.
+    all stages, which is what is saved. `open_preference` gives the loss in place of the token loss; it is
+    called when the model can be run and no checkpoint was loaded.
 
     Raises:
         PlanError: what trains is not what the plan says.
@@ -88,6 +93,7 @@ def run_stage(
     device = engine.device or model.device
     verify_plan(model, plan, "the weights were spread over ranks")
     optimizer = Optimizer(model, plan, train, num_steps, engine, span.first_step)
+    preference = open_preference()
     first_step = 0
     if resume_from:
         is_new_stage = 0 < span.first_step == step_of(resume_from)
@@ -126,7 +132,8 @@ def run_stage(
             logs = is_last or evaluates or is_saved or is_due(done, train.log_every)
 
             seed_everything(train.seed, done, ranks.rank)
-            pending.add(train_step(model, step_data, optimizer, device, observe=logs), wait_seconds)
+            outcome = train_step(model, step_data, optimizer, device, logs, preference)
+            pending.add(outcome, wait_seconds)
             saver.poll()
             stops = ranks.any(bool(stop))
             logs = logs or stops
@@ -156,10 +163,13 @@ def run_stage(
                     prove(proof, done, ranks, run_folder, progress)
                 is_last, evaluates = True, eval_steps is not None
             # A long evaluation is given up for a stop signal: the checkpoint matters more.
-            eval_loss = evaluate_loss(model, eval_steps, device, stop.__bool__, engine) if evaluates else None
-            if eval_loss is not None:
-                log.write_eval(done, eval_loss)
-                progress.show_eval(done, eval_loss)
+            eval_loss = None
+            if eval_steps is not None and evaluates:
+                evaluated = evaluate(model, eval_steps, device, stop.__bool__, engine, preference)
+                if evaluated is not None:
+                    eval_loss = evaluated.loss
+                    log.write_eval(done, *evaluated)
+                    progress.show_eval(done, *evaluated)
             stops = stops or ranks.any(bool(stop))
             if is_saved or stops or (is_last and not span.is_last):
                 saver.save(stamp_manifest(span.stamp(manifest, done, is_last), done, eval_loss))
@@ -178,6 +188,21 @@ def prove(proof: Proof, done: int, ranks: Ranks, run_folder: Path, progress: Pro
     if ranks.is_first:
         add_to_report(run_folder, finding)
     progress.show_text(finding.message)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    steps: Shares,
+    device: torch.device,
+    is_stopped: Callable[[], bool],
+    engine: Engine,
+    preference: Preference | None,
+) -> Evaluated | None:
+    """The objective's loss over held-out rows; None where `is_stopped` said so. Raises: DataError."""
+    if preference is not None:
+        return preference.evaluate(model, steps, device, is_stopped, engine)
+    loss = evaluate_loss(model, steps, device, is_stopped, engine)
+    return None if loss is None else Evaluated(loss, {})
 
 
 def make_verifier(
@@ -271,6 +296,7 @@ class PendingSteps:
             step_seconds=(time.monotonic() - self.start) / num_steps,
             data_wait_seconds=self.data_wait_seconds / num_steps,
             peak_memory_bytes=peak_memory_bytes(device),
+            preference=values.preference,
         )
 
 
