@@ -72,8 +72,8 @@ def reference_source(job: Job, engine_name: str) -> Source:
         )
     if source == "precomputed" and job.has_own_rows:
         raise ConfigError(
-            f'{where}: the reference is computed once, before the first step, but stage "{job.name}" has rows '
-            "or limits of its own. Remove its data, or train adapters alone, which can be switched off."
+            f'{where}: the reference is computed once, before the first step, but stage "{job.name}" has '
+            "rows or limits of its own. Remove its data, or train adapters alone, which can be switched off."
         )
     return source
 

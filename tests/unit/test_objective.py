@@ -22,6 +22,9 @@ from partwise.training.reference import reference_source
 PAGE = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
+ALONE = {"span": SimpleNamespace(name=""), "has_own_rows": False}
+
+
 def faults(**keys):
     return [fault.text for fault in check_objective(ObjectiveConfig(**keys))]
 
@@ -74,7 +77,9 @@ def test_where_a_reference_comes_from(reference, modes, adapter, engine, expecte
     config = SimpleNamespace(
         objective=ObjectiveConfig(loss="dpo", reference=reference), where=lambda key: "c.yaml:4"
     )
-    job = SimpleNamespace(config=config, adapter=adapter, plan=SimpleNamespace(parts=parts))
+    job = SimpleNamespace(
+        config=config, base_adapter=adapter, whole_plan=SimpleNamespace(parts=parts), **ALONE
+    )
     if " " not in expected:
         assert reference_source(job, engine) == expected
         return
