@@ -17,6 +17,8 @@ IGNORE_INDEX = -100
 PART_NAMES = ("vision_tower", "audio_tower", "projector", "language_model")
 MODES = ("frozen", "lora", "full")
 Mode = Literal["frozen", "lora", "full"]
+# Which answer of a preference row a document holds: "other" is one of another row, "" no such row's.
+Side = Literal["", "chosen", "rejected", "other"]
 Span = tuple[int, int]  # where something starts and where it ends, the end excluded
 
 
@@ -47,11 +49,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row of a data file. `source` is the file, `row` the zero-based row in it."""
+    """One row of a data file, or one answer of it. `source` is the file, `row` the zero-based row in it."""
 
     messages: tuple[Message, ...]
     source: str
     row: int
+    side: Side = ""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -79,7 +82,8 @@ class Example:
     IGNORE_INDEX. `token_fields` are other per-token inputs of the model, each (T,), such as Gemma-3's
     token_type_ids. `media` are the model's image inputs as its processor made them, first axis images or
     patches; with `pixels`, a table, its pixels are in 8 bits. Where they are kept features, an example that
-    another process is asked about has its `image_inputs`, too: those of the whole model.
+    another process is asked about has its `image_inputs`, too: those of the whole model. `reference` is the
+    log-probability of the labels under the reference, where it was computed before.
     """
 
     input_ids: torch.Tensor
@@ -91,6 +95,8 @@ class Example:
     row: int
     pixels: PixelTable | None = None
     image_inputs: dict[str, torch.Tensor] | None = None
+    side: Side = ""
+    reference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,8 @@ class Batch:
     `input_ids`, `labels`, `document_ids` and each of `token_fields` are (B, T). document_ids is the index
     of the document a token belongs to and -1 for padding. A pack has `position_ids`, too, which begin anew in
     every document: (1, T), or (axes, 1, T).
-    `rows` names the examples as errors do: "file:line" or "file row N".
+    `rows` names the examples as errors do: "file:line" or "file row N". `sides` and `references` are those of
+    the documents, in the order of document_ids.
     """
 
     input_ids: torch.Tensor
@@ -135,6 +142,18 @@ class Batch:
     position_ids: torch.Tensor | None = None
     pack: Pack | None = None
     pixels: PixelTable | None = None
+    sides: tuple[Side, ...] = ()
+    references: tuple[float | None, ...] = ()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Documents by side, and under "chosen tokens" the target tokens of the chosen ones."""
+        counts = Counter[str](self.sides)
+        if "chosen" in counts:
+            chosen = [i for i, side in enumerate(self.sides) if side == "chosen"]
+            of_targets = self.document_ids[self.labels != IGNORE_INDEX].tolist()
+            counts["chosen tokens"] = sum(map(Counter(of_targets).__getitem__, chosen))
+        return counts
 
     def pin_memory(self) -> Batch:
         """The same with its tensors in memory that a GPU copies from while it computes."""
@@ -154,19 +173,22 @@ class Totals:
     num_target_tokens: int
     num_input_tokens: int
     rows: tuple[str, ...] = ()
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class StepData:
     """A rank's micro-batches of one optimizer step, and its rows that gave none, counted by reason.
 
-    `totals` are of all ranks; None where this is the only one.
+    `totals` are of all ranks; None where this is the only one. `others` are answers of other rows to the same
+    prompts, which KTO compares with: they are looked at, not learned.
     """
 
     step: int
     batches: tuple[Batch, ...]
     dropped: Counter[str] = field(default_factory=Counter)
     totals: Totals | None = None
+    others: tuple[Batch, ...] = ()
 
     @property
     def num_target_tokens(self) -> int:
@@ -183,7 +205,15 @@ class StepData:
 
     def pin_memory(self) -> StepData:
         """Called by torch's DataLoader, in a thread of its own, where it is told to pin."""
-        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
+        batches, others = (tuple(b.pin_memory() for b in some) for some in (self.batches, self.others))
+        return replace(self, batches=batches, others=others)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Documents by side, and chosen target tokens, of all ranks."""
+        if self.totals:
+            return self.totals.counts
+        return sum((batch.counts for batch in (*self.batches, *self.others)), Counter[str]())
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -286,6 +316,7 @@ class StepMetrics:
     `grad_norm` is the global norm before clipping, `grad_norms` the same per part. Of each part that this
     step reached, `update_ratios` is the norm of its update, without weight decay, over the norm of its
     weights, and `zero_gradient_fractions` the share of its elements whose gradient is exactly zero.
+    `preference` has what a preference loss tells of the step's answers, by name; empty for other losses.
     """
 
     step: int
@@ -302,6 +333,7 @@ class StepMetrics:
     step_seconds: float
     data_wait_seconds: float
     peak_memory_bytes: int
+    preference: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

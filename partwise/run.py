@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ from partwise.training.job import Job
 from partwise.training.loop import run_stage
 from partwise.training.probe import probe_examples, take_probe
 from partwise.training.proof import add_to_report
+from partwise.training.reference import fill_references, open_preference, reference_source
 from partwise.training.span import Finished, finished_stages
 from partwise.training.stages import open_job
 from partwise.training.tracked import opened_tracking
@@ -112,7 +114,8 @@ def check(
 
 
 def cache(config: Config, console: Console | None = None) -> Path:
-    """Fill the feature cache that the config names with all images of its rows; the folder with them.
+    """Fill the feature cache that the config names with all images of its rows, and its reference cache with
+    the log-probabilities of all answers; the folder with the first of them.
 
     What is there is read and checked, and made again where it is damaged.
 
@@ -122,10 +125,18 @@ def cache(config: Config, console: Console | None = None) -> Path:
         TrainingError: the disk refuses.
     """
     job = open_job(config)
-    if job.store is None:
-        raise ConfigError("there is no data.feature_cache. Name a folder: data.feature_cache=FOLDER.")
-    fill_cache(job, console or Console(quiet=True), again=True)
-    return job.store.folder
+    console = console or Console(quiet=True)
+    objective = config.objective
+    if job.store is None and objective.reference_cache is None:
+        raise ConfigError(
+            "there is no data.feature_cache, and no objective.reference_cache. Name a folder: "
+            "data.feature_cache=FOLDER."
+        )
+    if job.store is not None:
+        fill_cache(job, console, again=True)
+    if objective.reference_cache is not None and reference_source(job, "single") == "precomputed":
+        fill_references(job, Engine(), job.open_model(), console)
+    return job.store.folder if job.store is not None else Path(objective.reference_cache or "")
 
 
 def train(
@@ -221,6 +232,7 @@ def train_opened(
         job.span,
         job.whole_plan,
         tracking,
+        partial(open_preference, job, engine, loaded, console),
     )
 
 

@@ -1,9 +1,11 @@
 """The config: what a run is, as one YAML file says it.
 
-document.py reads YAML with places; flags.py turns the freeze flags into `parts`; sections.py holds the keys,
-rules.py the rules between them, tree.py joins them; `python -m partwise.config` writes docs/config.md.
+document.py reads YAML with places; flags.py turns the freeze flags into `parts`; sections.py and objective.py
+hold the keys, rules.py the rules between them, tree.py joins them; `python -m partwise.config` writes
+docs/config.md.
 """
 
+from partwise.config.objective import ObjectiveConfig
 from partwise.config.sections import (
     DataConfig,
     ModelConfig,
@@ -19,6 +21,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "PartConfig",
     "PartsConfig",
     "StableConfig",

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from partwise.config.document import Fault
 from partwise.config.faults import show_value
+from partwise.config.objective import ObjectiveConfig
 from partwise.config.sections import (
     DataConfig,
     EvaluateConfig,
@@ -111,9 +112,18 @@ def metric_name(metric: str) -> str:
     return metric.rpartition(":")[2]
 
 
-def check_judging(evaluate: EvaluateConfig | None, data: DataConfig, engine: str) -> Iterator[Fault]:
+def check_judging(
+    evaluate: EvaluateConfig | None, data: DataConfig, objective: ObjectiveConfig, engine: str
+) -> Iterator[Fault]:
     if evaluate is None:
         return
+    if evaluate.metrics and objective.shape != "chats":
+        yield Fault(
+            "evaluate.metrics",
+            f"evaluate.metrics: {show_value(evaluate.metrics)} beside objective.loss: {objective.loss}: rows "
+            "of data.eval are no questions with one answer. Write metrics: [] for the loss alone, and judge "
+            "the answers afterwards with partwise eval on rows of chats.",
+        )
     if data.eval is None:
         yield Fault("evaluate", "evaluate: has no effect: there is no data.eval. Add it, or remove this.")
     if evaluate.metrics and engine in ("fsdp", "zero3"):

@@ -31,6 +31,7 @@ from partwise.config.flags import (
     deciding_flag,
     expand_flags,
 )
+from partwise.config.objective import ObjectiveConfig, check_objective
 from partwise.config.rules import (
     check_adapter,
     check_engine,
@@ -70,6 +71,9 @@ class Config(Section):
     data: DataConfig = Field(description="The rows, and how long an example may be.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="Steps, rates and what is saved.")
     evaluate: EvaluateConfig | None = Field(None, description="How the model is judged by what it answers.")
+    objective: ObjectiveConfig = Field(
+        default_factory=ObjectiveConfig, description="What is learned from a row."
+    )
     engine: Literal["auto", "single", "ddp", "fsdp", "zero2", "zero3"] = Field(
         "auto",
         description="How several processes share the work: ddp copies the model, zero2 shards masters, "
@@ -118,6 +122,7 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "track": TrackConfig,
     "evaluate": EvaluateConfig,
+    "objective": ObjectiveConfig,
     "parts": PartsConfig,
     **{f"parts.{part}": PartConfig for part in reversed(PART_NAMES)},
     "unfreeze": UnfreezeConfig,
@@ -160,8 +165,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to an equal Config, defaults written out."""
     values = config.model_dump(mode="json", exclude_none=True, by_alias=True)
-    # A default that is written out would be a setting for the mode, and not every mode has every setting.
-    values["parts"] = config.parts.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    # A default that is written out would be a setting, and not every mode or loss has every setting.
+    for name in ("parts", "objective"):
+        values[name] = getattr(config, name).model_dump(mode="json", exclude_unset=True, exclude_none=True)
     if config.stages is not None:
         stages = [stage.model_dump(mode="json", exclude_unset=True) for stage in config.stages]
         values["stages"] = stages
@@ -216,9 +222,10 @@ def _validate(values: dict[str, Any], faults: list[Fault], skip_parts: bool) -> 
         *check_adapter(config.model, config.parts),
         *check_engine(config.engine, config.parts, config.train),
         *check_evaluation(config.train, config.data),
-        *check_judging(config.evaluate, config.data, config.engine),
+        *check_judging(config.evaluate, config.data, config.objective, config.engine),
         *check_features(config.data, config.parts),
         *check_stages(config),
+        *check_objective(config.objective),
     ]
     return config
 

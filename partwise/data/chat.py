@@ -51,6 +51,9 @@ class ChatFormat:
         ConfigError: the model has no chat template, or its tokenizer cannot tell where its tokens stand.
     """
 
+    needs_template = True
+    splits = False  # whether a row that is too long becomes several examples
+
     def __init__(
         self,
         processor: Any,
@@ -59,7 +62,8 @@ class ChatFormat:
         overlong: Overlong,
         features: FeatureStore | None = None,
     ) -> None:
-        chat_template(processor)
+        if self.needs_template:
+            chat_template(processor)
         if not tokenizer_of(processor).is_fast:
             raise ConfigError(
                 "model.path: the model has only a slow tokenizer, which cannot tell where its tokens "
@@ -88,6 +92,11 @@ class ChatFormat:
             DataError: the row cannot be used; or it is too long and `overlong` is "error".
         """
         return self.fit(self.encode(conversation))
+
+    def examples(self, conversation: Conversation) -> list[Example] | Dropped:
+        """All examples that the conversation gives. Raises: DataError as when it is called."""
+        result = self(conversation)
+        return result if isinstance(result, Dropped) else [result]
 
     def encode(self, conversation: Conversation) -> Encoded:
         """All tokens of the conversation, however long.
@@ -158,6 +167,7 @@ class ChatFormat:
             source=conversation.source,
             row=conversation.row,
             pixels=pixels,
+            side=conversation.side,
         )
         media_positions = is_media.nonzero()
         return Encoded(example, images_end=int(media_positions[-1]) + 1 if len(media_positions) else 0)

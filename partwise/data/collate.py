@@ -22,11 +22,19 @@ from partwise.records import IGNORE_INDEX, Batch, Example, PixelTable
 
 
 def micro_batches(
-    examples: Sequence[Example], pad_token_id: int, micro_batch_size: int, packs: PackFormat | None = None
+    examples: Sequence[Example],
+    pad_token_id: int,
+    micro_batch_size: int,
+    packs: PackFormat | None = None,
+    per_row: int = 1,
 ) -> tuple[Batch, ...]:
-    """The examples as a step's micro-batches, the longest first."""
-    groups = group_rows([len(example.input_ids) for example in examples], micro_batch_size, packs)
-    return tuple(collate([examples[i] for i in group], pad_token_id, packs) for group in groups)
+    """The examples as a step's micro-batches, the longest first. `per_row` neighbours are never parted."""
+    rows = [examples[i : i + per_row] for i in range(0, len(examples), per_row)]
+    lengths = [sum(len(example.input_ids) for example in row) for row in rows]
+    groups = group_rows(lengths, micro_batch_size, packs)
+    return tuple(
+        collate([example for i in group for example in rows[i]], pad_token_id, packs) for group in groups
+    )
 
 
 def group_rows(
@@ -63,8 +71,10 @@ def collate(examples: Sequence[Example], pad_token_id: int, packs: PackFormat | 
         media={name: concatenate([e.media[name] for e in examples if name in e.media]) for name in media},
         num_target_tokens=sum(e.num_target_tokens for e in examples),
         num_input_tokens=sum(len(e.input_ids) for e in examples),
-        rows=tuple(row_name(e.source, e.row) for e in examples),
+        rows=row_names(examples),
         pixels=_pixels(examples),
+        sides=tuple(e.side for e in examples),
+        references=tuple(e.reference for e in examples),
     )
 
 
@@ -90,6 +100,8 @@ def join_batches(first: Batch, second: Batch, pad_token_id: int, packs: PackForm
         num_input_tokens=first.num_input_tokens + second.num_input_tokens,
         rows=first.rows + second.rows,
         pixels=_pixels(both),
+        sides=first.sides + second.sides,
+        references=first.references + second.references,
     )
 
 
@@ -100,7 +112,7 @@ def filler_batch(example: Example, pad_token_id: int, packs: PackFormat | None =
     """
     media = {name: torch.zeros_like(t) if holds_pixels(t) else t for name, t in example.media.items()}
     labels = torch.full_like(example.labels, IGNORE_INDEX)
-    silent = replace(example, labels=labels, media=media, num_target_tokens=0)
+    silent = replace(example, labels=labels, media=media, num_target_tokens=0, side="", reference=None)
     return replace(collate([silent], pad_token_id, packs), num_input_tokens=0, rows=())
 
 
@@ -117,6 +129,8 @@ def _document(example: Example, packs: PackFormat) -> Batch:
         rows=(row_name(example.source, example.row),),
         position_ids=packs.position_ids(example),
         pixels=example.pixels,
+        sides=(example.side,),
+        references=(example.reference,),
     )
 
 
@@ -146,11 +160,18 @@ def _pack(batches: Sequence[Batch], pad_token_id: int, packs: PackFormat) -> Bat
         media={name: concatenate([b.media[name] for b in batches if name in b.media]) for name in media},
         num_target_tokens=sum(batch.num_target_tokens for batch in batches),
         num_input_tokens=sum(batch.num_input_tokens for batch in batches),
-        rows=tuple(row for batch in batches for row in batch.rows),
+        rows=tuple(dict.fromkeys(row for batch in batches for row in batch.rows)),
         position_ids=lay_out((b.position_ids for b in batches if b.position_ids is not None), 0),
         pack=find_pack(document_ids[0], is_image),
         pixels=_pixels(batches),
+        sides=tuple(side for batch in batches for side in batch.sides),
+        references=tuple(reference for batch in batches for reference in batch.references),
     )
+
+
+def row_names(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The names of their rows, each once."""
+    return tuple(dict.fromkeys(row_name(example.source, example.row) for example in examples))
 
 
 def _pixels(those: Sequence[Example | Batch]) -> PixelTable | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -24,14 +25,17 @@ from partwise.data.collate import micro_batches
 from partwise.data.packing import PackFormat
 from partwise.data.rows import row_name
 from partwise.errors import DataError, UserError
-from partwise.records import Conversation, Example, StepData
+from partwise.records import Batch, Conversation, Dropped, Example, StepData
 
 
 class StepLoader:
     """One optimizer step's data after the other, for one of `num_ranks` ranks.
 
     Steps count from `start`, that of the first row, and run on over the epochs. `global_batch_size` is of
-    all ranks, `micro_batch_size` of one; with `packs`, those say how much a micro-batch holds.
+    all ranks, `micro_batch_size` of one; with `packs`, those say how much a micro-batch holds. `per_row`
+    neighbours of `rows` are the answers of one row of the data, which is what batch sizes count: they come
+    together or not at all. `others`, as many as `rows`, are looked at beside them. Each example brings along
+    its number of `references` or `other_references`, where these were set.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class StepLoader:
         num_ranks: int = 1,
         packs: PackFormat | None = None,
         start: int = 0,
+        per_row: int = 1,
+        others: Sequence[Conversation] | None = None,
     ) -> None:
         self.rows = rows
         self.chat_format = chat_format
@@ -61,10 +67,19 @@ class StepLoader:
         self.num_ranks = num_ranks
         self.packs = packs
         self.start = start
+        self.per_row = per_row
+        self.others = others
+        self.references: Sequence[float] = ()
+        self.other_references: Sequence[float] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the data."""
+        return len(self.rows) // self.per_row
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.global_batch_size)
+        return -(-self.num_rows // self.global_batch_size)
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[StepData]:
         """The steps from `first_step` up to, but not including, `last_step`.
@@ -77,12 +92,19 @@ class StepLoader:
 
     def step_rows(self, step: int) -> list[int]:
         """Which rows the step holds, as indices into `rows`: those of all ranks."""
+        return self._answers(self._data_rows(step))
+
+    def _data_rows(self, step: int) -> list[int]:
+        """Which rows of the data."""
         epoch, position = divmod(step - self.start, self.steps_per_epoch)
         first = position * self.global_batch_size
-        rows = range(first, min(first + self.global_batch_size, len(self.rows)))
+        rows = range(first, min(first + self.global_batch_size, self.num_rows))
         if not self.shuffle:
             return list(rows)
-        return epoch_order(len(self.rows), self.seed, epoch)[rows.start : rows.stop].tolist()
+        return epoch_order(self.num_rows, self.seed, epoch)[rows.start : rows.stop].tolist()
+
+    def _answers(self, rows: Sequence[int]) -> list[int]:
+        return [row * self.per_row + answer for row in rows for answer in range(self.per_row)]
 
     def rank_rows(self, step: int) -> list[int]:
         """Which of the step's rows this rank has, in their order.
@@ -90,16 +112,17 @@ class StepLoader:
         Raises:
             DataError: a row is broken, this rank's or another's.
         """
-        rows = self.step_rows(step)
+        rows = self._data_rows(step)
         if self.num_ranks == 1:
-            return rows
-        costs = [row_cost(self.rows[row], self.chat_format.max_seq_len) for row in rows]
-        return [rows[position] for position in share_rows(costs, self.num_ranks)[self.rank]]
+            return self._answers(rows)
+        limit = self.chat_format.max_seq_len
+        costs = [sum(row_cost(self.rows[i], limit) for i in self._answers([row])) for row in rows]
+        return self._answers([rows[position] for position in share_rows(costs, self.num_ranks)[self.rank]])
 
     def row_names(self, step: int) -> list[str]:
         """The step's rows, of all ranks, as errors name them."""
         conversations = [self.rows[row] for row in self.step_rows(step)]
-        return [row_name(conversation.source, conversation.row) for conversation in conversations]
+        return list(dict.fromkeys(row_name(one.source, one.row) for one in conversations))
 
     def load_step(self, step: int) -> StepData:
         """This rank's micro-batches of the step, the longest first.
@@ -110,13 +133,37 @@ class StepLoader:
         Raises:
             DataError: as `iterate`.
         """
-        results = [self.chat_format(self.rows[row]) for row in self.rank_rows(step)]
-        examples = [result for result in results if isinstance(result, Example)]
-        dropped = Counter(result.reason for result in results if not isinstance(result, Example))
+        rows = self.rank_rows(step)
+        examples, dropped = self._encode(self.rows, rows, self.references)
         if not examples and self.num_ranks == 1:
             refuse_empty(step, self.row_names(step), dropped)
-        batches = micro_batches(examples, self.pad_token_id, self.micro_batch_size, self.packs)
-        return StepData(step, batches, dropped)
+        others: list[Example] = []
+        if self.others is not None:
+            others, _ = self._encode(self.others, rows, self.other_references)
+        return StepData(step, self._batches(examples), dropped, others=self._batches(others))
+
+    def _encode(
+        self, rows: Sequence[Conversation], indices: Sequence[int], references: Sequence[float]
+    ) -> tuple[list[Example], Counter[str]]:
+        """The examples, and why rows of the data gave none: a row is dropped with all of its answers."""
+        examples: list[Example] = []
+        dropped: Counter[str] = Counter()
+        for start in range(0, len(indices), self.per_row):
+            answers = indices[start : start + self.per_row]
+            results = [self.chat_format.examples(rows[index]) for index in answers]
+            reasons = [result.reason for result in results if isinstance(result, Dropped)]
+            if reasons:
+                dropped[reasons[0]] += 1
+                continue
+            for index, result in zip(answers, results, strict=True):
+                assert isinstance(result, list)
+                if len(references):
+                    result = [replace(example, reference=float(references[index])) for example in result]
+                examples += result
+        return examples, dropped
+
+    def _batches(self, examples: Sequence[Example]) -> tuple[Batch, ...]:
+        return micro_batches(examples, self.pad_token_id, self.micro_batch_size, self.packs, self.per_row)
 
 
 def refuse_empty(step: int, names: Sequence[str], dropped: Counter[str]) -> NoReturn:

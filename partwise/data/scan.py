@@ -21,7 +21,7 @@ from partwise.data.loader import in_order
 from partwise.data.rows import row_name
 from partwise.data.template import tokenizer_of
 from partwise.errors import DataError
-from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example
+from partwise.records import IGNORE_INDEX, Conversation, Dropped, Example, Side
 
 # Where a row failed: read from its file, written by the chat template, its images decoded, made tokens.
 Stage = Literal["format", "template", "images", "tokens"]
@@ -58,6 +58,7 @@ class ScannedRow:
     is_open: bool
     is_cut: bool
     dropped: str | None
+    side: Side = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Scan:
         return tuple(fault.text for fault in self.faults)
 
     def faults_at(self, stage: Stage) -> list[str]:
-        return [fault.text for fault in self.faults if fault.stage == stage]
+        """Each once: both answers of a pair may have the same fault."""
+        return list(dict.fromkeys(fault.text for fault in self.faults if fault.stage == stage))
 
 
 def scan_rows(
@@ -115,7 +117,7 @@ def scan_rows(
 
     No DataError is raised: each is a fault of the scan.
     """
-    indices = scanned_indices(len(rows), limit)
+    indices = scanned_indices(len(rows), limit, getattr(rows, "per_row", 1))
     found = list(in_order(RowScan(rows, chat_format), indices, num_workers))
     return Scan(
         rows=tuple(result for result in found if isinstance(result, ScannedRow)),
@@ -123,11 +125,12 @@ def scan_rows(
     )
 
 
-def scanned_indices(num_rows: int, limit: int | None) -> Sequence[int]:
-    """All rows, or `limit` of them spread evenly; the order of a scan."""
+def scanned_indices(num_rows: int, limit: int | None, per_row: int = 1) -> Sequence[int]:
+    """All rows, or `limit` of them spread evenly; the order of a scan. `per_row` neighbours come together."""
     if limit is None or limit >= num_rows:
         return range(num_rows)
-    return np.linspace(0, num_rows - 1, limit).astype(int).tolist()
+    firsts = np.linspace(0, num_rows // per_row - 1, max(1, limit // per_row)).astype(int)
+    return [int(first) * per_row + i for first in firsts for i in range(per_row)]
 
 
 class RowScan:
@@ -158,6 +161,8 @@ class RowScan:
     def _facts(self, encoded: Encoded, result: Example | Dropped, pictures: list[Picture]) -> ScannedRow:
         whole = encoded.example
         kept = result if isinstance(result, Example) else None
+        if kept is not None and self.chat_format.splits:
+            kept = whole  # it is all trained, in pieces
         is_cut = kept is not None and len(kept.input_ids) < len(whole.input_ids)
         sizes = tuple(picture.pixels.size for picture in pictures)
         return ScannedRow(
@@ -174,6 +179,7 @@ class RowScan:
             is_open=kept is not None and not is_cut and self._is_open(kept),
             is_cut=is_cut,
             dropped=result.reason if isinstance(result, Dropped) else None,
+            side=whole.side,
         )
 
     def _num_image_tokens(self, example: Example) -> int:

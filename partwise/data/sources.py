@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from partwise.config.objective import Shape
+from partwise.data.documents import read_document
+from partwise.data.preferences import read_labelled, read_pair, with_answer_of
 from partwise.data.rows import read_conversation, row_name
 from partwise.errors import DataError
 from partwise.records import Conversation
@@ -171,39 +174,76 @@ READERS: dict[str, Callable[[str], RowFile]] = {".jsonl": JsonLines, ".json": Js
 
 
 class Rows(Sequence[Conversation]):
-    """The rows of all files, one file after the other."""
+    """The rows of all files, one file after the other: a conversation for each, or one for each answer.
 
-    def __init__(self, files: Sequence[tuple[str, RowFile]]) -> None:
+    Of pairs, row i stands at 2 * i with its chosen answer and at 2 * i + 1 with the rejected one.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, RowFile]], shape: Shape = "chats") -> None:
         self.files = files
         self.ends = list(itertools.accumulate(len(file) for _, file in files))
+        self.shape = shape
+        self.per_row = 2 if shape == "pairs" else 1
 
-    def __len__(self) -> int:
+    @property
+    def num_rows(self) -> int:
+        """Rows of the data."""
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
-        """The conversation of one row. Raises: DataError that names file and line."""
-        path, number, row = self.read(index)
-        return read_conversation(row, path, number)
+    def __len__(self) -> int:
+        return self.num_rows * self.per_row
 
-    def read(self, index: int) -> tuple[str, int, Any]:
-        """The file, the number in it, and the row itself. Raises: DataError that names file and line."""
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        """The conversation of one row or answer. Raises: DataError that names file and line."""
         if not 0 <= index < len(self):
             raise IndexError(index)
+        index, answer = divmod(index, self.per_row)
+        path, number, row = self.read(index)
+        return READS[self.shape](row, path, number)[answer]
+
+    def read(self, index: int) -> tuple[str, int, Any]:
+        """The file, the number in it, and one row of the data. Raises: DataError that names file and line."""
         position = bisect.bisect_right(self.ends, index)
         path, file = self.files[position]
         number, row = file.read(index - (self.ends[position] - len(file)))
         return path, number, row
 
 
-def open_rows(files: Sequence[str | Path]) -> Rows:
-    """The rows of `files`.
+# What one row of each shape gives: always as many conversations.
+READS: dict[Shape, Callable[[Any, str, int], tuple[Conversation, ...]]] = {
+    "chats": lambda row, path, number: (read_conversation(row, path, number),),
+    "texts": lambda row, path, number: (read_document(row, path, number),),
+    "pairs": read_pair,
+    "labels": lambda row, path, number: (read_labelled(row, path, number),),
+}
+
+
+class OtherAnswers(Sequence[Conversation]):
+    """For each labelled row its prompt with the answer of a row half the data away.
+
+    Neighbours are often two answers to the same prompt.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]
+        """Raises: DataError that names the row."""
+        return with_answer_of(self.rows[index], self.rows[(index + len(self) // 2) % len(self)])
+
+
+def open_rows(files: Sequence[str | Path], shape: Shape = "chats") -> Rows:
+    """The rows of `files`, which must have this shape.
 
     Raises:
         DataError: no file is given, or one is missing, empty, broken or of an unknown kind.
     """
     if not files:
         raise DataError("no data file is given. Name one or more .jsonl, .json or .parquet files.")
-    return Rows([(str(path), _open_file(str(path))) for path in files])
+    return Rows([(str(path), _open_file(str(path))) for path in files], shape)
 
 
 def _open_file(path: str) -> RowFile:

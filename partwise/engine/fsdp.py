@@ -80,11 +80,14 @@ class Fsdp(Engine):
     def loss_sum(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         return self._forward(inputs, labels)
 
+    def token_losses(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        return self._forward(inputs, labels, each=True)
+
     def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
         return self._forward(inputs, None)
 
-    def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> Tensor:
-        result = self.net(inputs, labels)
+    def _forward(self, inputs: dict[str, Any], labels: Tensor | None, each: bool = False) -> Tensor:
+        result = self.net(inputs, labels, each)
         if not torch.is_grad_enabled():
             self._reshard()  # the root waits for a backward pass that does not come
         return result

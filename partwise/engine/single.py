@@ -62,6 +62,10 @@ class Engine:
         """The summed token loss of one micro-batch, with its graph."""
         return TokenLoss(model)(inputs, labels)
 
+    def token_losses(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        """The loss of each target token of one micro-batch, row by row, with its graph."""
+        return TokenLoss(model)(inputs, labels, each=True)
+
     def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
         """The model's own logits. Where weights are sharded, all ranks must call it."""
         with uncompiled():

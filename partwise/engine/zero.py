@@ -93,6 +93,9 @@ class Zero(Engine):
     def loss_sum(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         return self.deepspeed(inputs, labels)
 
+    def token_losses(self, model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+        return self.deepspeed(inputs, labels, True)
+
     def logits(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
         return self.deepspeed(inputs, None)
 

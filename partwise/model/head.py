@@ -1,4 +1,4 @@
-"""Hidden states and labels -> the summed token loss.
+"""Hidden states and labels -> the summed token loss, or the loss of each token.
 
 In: the decoder's last hidden states, unshifted labels and the output head. Out: one scalar, the sum over
 target tokens in nats; the caller divides, so any split of a step into micro-batches gives the same loss.
@@ -40,12 +40,13 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: dict[str, Any], labels: Tensor | None) -> Tensor:
-        """The scalar loss sum; without labels the model's own logits, (B, T, V)."""
+    def forward(self, inputs: dict[str, Any], labels: Tensor | None, each: bool = False) -> Tensor:
+        """The scalar loss sum, or `each` token's loss; without labels the model's own logits, (B, T, V)."""
         if labels is None:
             return self.model(**inputs).logits
         hidden = self.model.base_model(**inputs).last_hidden_state
-        return token_loss_sum(hidden, labels, self.model.get_output_embeddings(), logit_softcap(self.model))
+        losses = token_losses if each else token_loss_sum
+        return losses(hidden, labels, self.model.get_output_embeddings(), logit_softcap(self.model))
 
 
 def token_loss_sum(
@@ -60,14 +61,32 @@ def token_loss_sum(
 
     Worked example, T = 4: labels [-100, -100, 7, 2] -> hidden[1] predicts 7, hidden[2] predicts 2.
     """
+    sum_rows = linear_loss_sum if is_plain_linear(head) else module_loss_sum
+    return sum_rows(*target_rows(hidden_BTD, labels_BT), head, softcap)
+
+
+def token_losses(
+    hidden_BTD: Tensor, labels_BT: Tensor, head: nn.Module, softcap: float | None = None
+) -> Tensor:
+    """Cross-entropy of each target token, (N,), row by row, which `token_loss_sum` is the sum of.
+
+    For losses that weigh each answer by all of its tokens: what a token weighs is known only when all are, so
+    the backward pass computes each chunk's logits again.
+    """
+    hidden_ND, targets_N = target_rows(hidden_BTD, labels_BT)
+    if is_plain_linear(head):
+        return LinearLosses.apply(hidden_ND, head.weight, head.bias, targets_N, softcap)
+    return torch.cat(module_losses(hidden_ND, targets_N, head, softcap))
+
+
+def target_rows(hidden_BTD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a target token, (N, D), and these tokens, (N,)."""
     num_tokens = labels_BT.shape[1]
     targets_BT = labels_BT[:, 1:]
     rows_N, positions_N = (targets_BT != IGNORE_INDEX).nonzero(as_tuple=True)
     targets_N = to_device(targets_BT[rows_N, positions_N], hidden_BTD.device)
     index_N = to_device(rows_N * num_tokens + positions_N, hidden_BTD.device)
-    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, index_N)
-    sum_rows = linear_loss_sum if is_plain_linear(head) else module_loss_sum
-    return sum_rows(hidden_ND, targets_N, head, softcap)
+    return hidden_BTD.flatten(0, 1).index_select(0, index_N), targets_N
 
 
 def is_plain_linear(head: nn.Module) -> bool:
@@ -85,7 +104,7 @@ def linear_loss_sum(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, softc
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return LinearLoss.apply(*tensors, targets_N, softcap)
     with torch.no_grad():
-        return sum_chunks(*tensors, targets_N, softcap, (False, False, False))[0]
+        return sum_chunks(*tensors, targets_N, softcap, (False, False, False))[0].sum()
 
 
 class LinearLoss(torch.autograd.Function):
@@ -105,9 +124,9 @@ class LinearLoss(torch.autograd.Function):
     ) -> Tensor:
         tensors = (hidden_ND, weight_VD, bias_V)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        loss, gradients = sum_chunks(*tensors, targets_N, softcap, ctx.needs_input_grad[:3])
+        losses_N, gradients = sum_chunks(*tensors, targets_N, softcap, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients)
-        return loss
+        return losses_N.sum()
 
     @staticmethod
     @once_differentiable
@@ -121,6 +140,39 @@ class LinearLoss(torch.autograd.Function):
         return (*scaled, None, None)
 
 
+class LinearLosses(torch.autograd.Function):
+    """The loss of each target row under a linear head, (N,); logits are computed again in the backward pass.
+
+    Its weight is kept as a linear layer's is, so what shards it gathers it again before.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N)
+        ctx.softcap = softcap
+        return sum_chunks(hidden_ND, weight_VD, bias_V, targets_N, softcap, (False, False, False))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scales_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
+        tensors = (hidden_ND, weight_VD, bias_V)
+        needs_gradient = ctx.needs_input_grad[:3]
+        _, gradients = sum_chunks(*tensors, targets_N, ctx.softcap, needs_gradient, scales_N)
+        typed = (
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, tensors, strict=True)
+        )
+        return (*typed, None, None)
+
+
 def sum_chunks(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -128,10 +180,12 @@ def sum_chunks(
     targets_N: Tensor,
     softcap: float | None,
     needs_gradient: tuple[bool, ...],
+    scales_N: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss and the gradients of hidden states, weight and bias, None where none is needed; all in fp32.
+    """The losses, (N,), and the gradients of hidden states, weight and bias, None where none is needed.
 
-    With 16-bit weights a chunk exists once in fp32 and, as what is multiplied with, once in 16 bits.
+    All are in fp32. Gradients are of the losses' sum, in which each counts `scales_N` times where these are
+    given. With 16-bit weights a chunk exists once in fp32 and, as what is multiplied with, once in 16 bits.
     """
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
     # Only CUDA multiplies 16-bit matrices to an fp32 one; elsewhere they are widened first.
@@ -142,31 +196,36 @@ def sum_chunks(
         for tensor, is_needed in zip(tensors, needs_gradient, strict=True)
     ]
     hidden_ND, weight_VD = hidden_ND.to(narrow), weight_VD.to(narrow)
-    loss = hidden_ND.new_zeros((), dtype=wide)
+    losses_N = hidden_ND.new_zeros(len(targets_N), dtype=wide)
     room = (min(CHUNK_ROWS, len(targets_N)), len(weight_VD))
     logits_room = hidden_ND.new_empty(room, dtype=wide)
     gradient_room = hidden_ND.new_empty(room) if any(needs_gradient) and narrow != wide else logits_room
     for start in range(0, len(targets_N), CHUNK_ROWS):
-        hidden_CD, targets_C = (tensor[start : start + CHUNK_ROWS] for tensor in (hidden_ND, targets_N))
+        here = slice(start, start + CHUNK_ROWS)
+        hidden_CD, targets_C = hidden_ND[here], targets_N[here]
         logits_CV, gradient_CV = logits_room[: len(targets_C)], gradient_room[: len(targets_C)]
         multiply(hidden_CD, weight_VD.T, out=logits_CV, keep=0)
         if bias_V is not None:
             logits_CV += bias_V
-        loss += chunk_loss_sum(logits_CV, targets_C, softcap, gradient_CV if any(needs_gradient) else None)
+        losses_N[here] = chunk_losses(
+            logits_CV, targets_C, softcap, gradient_CV if any(needs_gradient) else None
+        )
+        if scales_N is not None and any(needs_gradient):
+            gradient_CV *= scales_N[here, None]
         of_hidden_ND, of_weight_VD, of_bias_V = gradients
         if of_hidden_ND is not None:
-            multiply(gradient_CV, weight_VD, out=of_hidden_ND[start : start + CHUNK_ROWS], keep=0)
+            multiply(gradient_CV, weight_VD, out=of_hidden_ND[here], keep=0)
         if of_weight_VD is not None:
             multiply(gradient_CV.T, hidden_CD, out=of_weight_VD, keep=1)
         if of_bias_V is not None:
             of_bias_V += gradient_CV.sum(0, dtype=wide)
-    return loss, gradients
+    return losses_N, gradients
 
 
-def chunk_loss_sum(
+def chunk_losses(
     logits_CV: Tensor, targets_C: Tensor, softcap: float | None, gradient_CV: Tensor | None
 ) -> Tensor:
-    """The summed loss of a chunk: scalar. Its logits are lost, and their gradient is written where asked for.
+    """The losses of a chunk, (C,). Its logits are lost, and their gradient is written where asked for.
 
     `gradient_CV` may be `logits_CV` itself.
     """
@@ -187,7 +246,7 @@ def chunk_loss_sum(
             of_targets_C1 *= slope_CV.gather(1, index_C1)
             torch.mul(logits_CV.exp_(), slope_CV, out=gradient_CV)
         gradient_CV.scatter_(1, index_C1, of_targets_C1.to(gradient_CV.dtype))
-    return -log_probs_C1.sum()
+    return -log_probs_C1[:, 0]
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, keep: int) -> None:
@@ -199,11 +258,18 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, keep: int) -> None:
 
 
 def module_loss_sum(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-    """The summed loss of target rows under any head, a chunk of logits at a time, twice: scalar."""
+    """The summed loss of target rows under any head: scalar."""
+    return torch.stack([some.sum() for some in module_losses(hidden_ND, targets_N, head, softcap)]).sum()
+
+
+def module_losses(
+    hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, softcap: float | None
+) -> list[Tensor]:
+    """The losses of target rows under any head, a chunk of logits at a time, which is computed twice."""
     chunks = zip(hidden_ND.split(MODULE_CHUNK_ROWS), targets_N.split(MODULE_CHUNK_ROWS), strict=True)
-    sums = [
+    return [
         checkpoint(
-            module_chunk_sum,
+            module_chunk_losses,
             hidden_CD,
             targets_C,
             head,
@@ -213,17 +279,18 @@ def module_loss_sum(hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, softc
         )
         for hidden_CD, targets_C in chunks
     ]
-    return torch.stack(sums).sum()
 
 
-def module_chunk_sum(hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-    """The summed loss of one chunk of target rows: scalar."""
+def module_chunk_losses(
+    hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, softcap: float | None
+) -> Tensor:
+    """The losses of one chunk of target rows, (C,)."""
     logits_CV = head(hidden_CD)
     if logits_CV.dtype != torch.float64:
         logits_CV = logits_CV.float()
     if softcap is not None:
         logits_CV = softcap * torch.tanh(logits_CV / softcap)
-    return nn.functional.cross_entropy(logits_CV, targets_C, reduction="sum")
+    return nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
 
 
 class Chunk(NamedTuple):

@@ -9,11 +9,15 @@ peft is imported where adapters are made: without it a plan is checked 0.3 s soo
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from partwise.errors import PlanError
 from partwise.model.find import FoundPart, contains, find_parts, shorten
@@ -31,8 +35,10 @@ __all__ = [
     "adapter_config",
     "adapter_state",
     "adapter_tensors",
+    "adapters_off",
     "apply_plan",
     "find_parts",
+    "frozen_copy",
     "parts_table",
     "resolve_plan",
     "set_train_mode",
@@ -60,6 +66,35 @@ def apply_plan(model: PreTrainedModel, plan: PartsPlan, whole: PartsPlan | None 
         parameter.requires_grad_(name in trainable)
     set_train_mode(model, plan)
     verify_plan(model, plan)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The model once more in memory, as it is now; nothing of it trains."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """A block in which no adapter does anything; what trains stays marked as such."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trains = {parameter: parameter.requires_grad for layer in layers for parameter in layer.parameters()}
+    switch_adapters(layers, trains, is_on=False)
+    try:
+        yield
+    finally:
+        switch_adapters(layers, trains, is_on=True)
+
+
+def switch_adapters(layers: Sequence[Any], trains: Mapping[nn.Parameter, bool], is_on: bool) -> None:
+    for layer in layers:
+        layer.enable_adapters(is_on)
+    for (
+        parameter,
+        is_open,
+    ) in trains.items():  # PEFT freezes what it switches off, and opens all that it switches on
+        parameter.requires_grad_(is_open)
 
 
 def verify_plan(model: PreTrainedModel, plan: PartsPlan, moment: str = "the plan was applied") -> None:

@@ -20,6 +20,7 @@ from partwise.preflight.lineage import check_lineage
 from partwise.preflight.loss import check_loss
 from partwise.preflight.memory import check_memory
 from partwise.preflight.model import check_model
+from partwise.preflight.objective import check_first_answers, check_objective
 from partwise.preflight.output import check_config, check_disk, check_output
 from partwise.preflight.packages import check_packages
 from partwise.preflight.packing import check_packing
@@ -60,6 +61,7 @@ CHECKS: list[Check] = [
     check_lineage,
     check_disk,
     *ROW_CHECKS,
+    check_objective,
     check_packing,
     check_features,
     check_memory,
@@ -75,7 +77,7 @@ RUN_CHECKS: list[Check] = [
     check_disk,
     check_evaluate,
 ]
-MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_time]
+MODEL_CHECKS: list[Check] = [check_precision, check_step, check_loss, check_first_answers, check_time]
 
 __all__ = [
     "CHECKS",

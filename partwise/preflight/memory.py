@@ -92,7 +92,8 @@ def judge(context: Context, footprint: Footprint, row: RowShape, limit: int, on_
 def describe_micro_batch(context: Context, row: RowShape) -> str:
     size = context.config.train.micro_batch_size
     if row.most_rows is None:
-        return f"{size} rows of {row.num_tokens} tokens a micro-batch"
+        rows = "pairs" if context.config.objective.per_row == 2 else "rows"
+        return f"{size} {rows} of {row.num_tokens} tokens a micro-batch"
     return f"packs of up to {min(size, row.most_rows) * row.num_tokens:,} tokens"
 
 
@@ -262,6 +263,9 @@ def config_footprint(context: Context, config: Config, row: RowShape) -> Footpri
     attention = config.model.attention if row.most_rows is None else "packed"
     compiled = runs_compiled(context.engine) and context.job.compiles
     alone = estimate_footprint(model, plan, row, attention, config.train.optimizer_states, compiled)
+    if config.objective.has_reference and config.objective.reference == "copy":
+        held = replace(alone.share, weights_bytes=2 * alone.share.weights_bytes)
+        return replace(alone, share=held)  # by engines alone that hold all of it on each rank
     # On a CPU the host is where shards are anyway.
     offloads = config.train.offload_optimizer and context.job.device.type == "cuda"
     return alone.on_ranks(context.engine, context.num_ranks, offloads)
@@ -270,7 +274,8 @@ def config_footprint(context: Context, config: Config, row: RowShape) -> Footpri
 def longest_row(context: Context) -> RowShape | None:
     """The most tokens, targets and images of a usable row that was read; None where there is no such row.
 
-    Of packs, max_seq_len tokens of one, which is what micro_batch_size counts there.
+    Of a pair, both answers as if they were one. Of packs, max_seq_len tokens of one, which is what
+    micro_batch_size counts there, and twice that of pairs.
     """
     rows = [row for row in context.train_scan.rows if not row.dropped]
     if not rows:
@@ -278,11 +283,12 @@ def longest_row(context: Context) -> RowShape | None:
     sizes = [row.image_sizes for row in rows if row.image_sizes]
     tiles = [image_tiles(context.job.processor, size) for size in {s for group in sizes for s in group}]
     tile_shape, num_tiles = max(tiles, key=lambda tile: (tile[1], tile[0]), default=((), 0))
+    per_row = context.config.objective.per_row
     shape = RowShape(
-        num_tokens=min(max(row.num_tokens for row in rows), context.config.data.max_seq_len),
-        num_target_tokens=max(row.num_target_tokens for row in rows),
+        num_tokens=per_row * min(max(row.num_tokens for row in rows), context.config.data.max_seq_len),
+        num_target_tokens=per_row * max(row.num_target_tokens for row in rows),
         tile_shape=tile_shape,
-        num_tiles=num_tiles * max((len(group) for group in sizes), default=0),
+        num_tiles=per_row * num_tiles * max((len(group) for group in sizes), default=0),
     )
     return shape if context.job.packs is None else pack_shape(context, shape, rows)
 
@@ -290,14 +296,14 @@ def longest_row(context: Context) -> RowShape | None:
 def pack_shape(context: Context, longest: RowShape, rows: Sequence[ScannedRow]) -> RowShape:
     """max_seq_len tokens of a pack, as full of images as the row that has the most for its tokens; less where
     the longest rows that a rank's share of a step could have are shorter than that."""
-    limit = context.config.data.max_seq_len
-    num_rows = math.ceil(context.config.train.global_batch_size / context.num_ranks)
+    limit, per_row = context.config.data.max_seq_len, context.config.objective.per_row
+    num_rows = math.ceil(context.job.answers_per_step / context.num_ranks)
     lengths = sorted((min(row.num_tokens, limit) for row in rows), reverse=True)[:num_rows]
     all_tokens = math.ceil(sum(lengths) * num_rows / len(lengths))
-    num_tokens = min(limit, all_tokens)
+    num_tokens = min(limit * per_row, all_tokens)
     densest = max(len(row.image_sizes) / min(row.num_tokens, limit) for row in rows)
     most_images = max(len(row.image_sizes) for row in rows)
-    tiles_per_image = longest.num_tiles // max(1, most_images)
+    tiles_per_image = longest.num_tiles // max(1, most_images * per_row)
     num_images = min(math.ceil(densest * num_tokens), num_rows * most_images)
     return replace(
         longest,

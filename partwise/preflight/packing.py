@@ -39,6 +39,6 @@ def check_packing(context: Context) -> list[Finding]:
 
 def padded_fraction(context: Context, lengths: list[int]) -> float:
     """Which share of the positions of padded micro-batches are tokens."""
-    groups = group_rows(lengths, context.config.train.micro_batch_size)
+    groups = group_rows(lengths, context.job.answers_per_batch)
     num_positions = sum(len(group) * max(lengths[i] for i in group) for group in groups)
     return sum(lengths) / num_positions

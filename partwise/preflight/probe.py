@@ -69,8 +69,8 @@ def longest_rows(context: Context, wanted: Callable[[ScannedRow], bool]) -> list
     places = [i for i in usable_rows(context) if wanted(rows[i])]
     places.sort(key=lambda i: -lengths[i])
     if job.packs is None:
-        return places[: job.config.train.micro_batch_size]
-    places = places[: job.config.train.global_batch_size]
+        return places[: job.answers_per_batch]
+    places = places[: job.answers_per_step]
     num_tokens = accumulate(lengths[i] for i in places)
     return [i for i, total in zip(places, num_tokens, strict=True) if total <= job.packs.max_tokens]
 
@@ -84,9 +84,8 @@ def kept_lengths(context: Context) -> list[int]:
 def typical_groups(context: Context) -> list[list[int]]:
     """Places in the scan of rows from everywhere, as a step's micro-batches on one rank."""
     job, lengths = context.job, kept_lengths(context)
-    places = spread(usable_rows(context), job.config.train.global_batch_size)
-    size = job.config.train.micro_batch_size
-    groups = group_rows([lengths[place] for place in places], size, job.packs)
+    places = spread(usable_rows(context), job.answers_per_step)
+    groups = group_rows([lengths[place] for place in places], job.answers_per_batch, job.packs)
     return [[places[i] for i in group] for group in groups]
 
 
@@ -109,7 +108,7 @@ def examples_at(context: Context, places: Sequence[int]) -> list[Example]:
 def conversation_at(context: Context, place: int) -> Conversation:
     """The row at a place of the scan. Rows with faults have none, so it may stand further back."""
     scan, rows = context.train_scan, context.job.rows
-    indices = scanned_indices(len(rows), context.max_rows)
+    indices = scanned_indices(len(rows), context.max_rows, rows.per_row)
     for index in indices[place : place + len(scan.faults) + 1]:
         try:
             conversation = rows[index]

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.eval",
     "data.num_workers",
     "data.packing",
+    "objective.reference_cache",
     "train.gradient_checkpointing",
     "train.compile",
     "train.memory_limit",

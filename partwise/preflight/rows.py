@@ -25,13 +25,14 @@ class Source:
     where: str
     scan: Scan
     num_rows: int
+    noun: str = "row"
 
     @property
     def read(self) -> str:
-        """How many rows were read: "160 rows" or "256 of 12,000 rows"."""
+        """How many were read: "160 rows" or "256 of 12,000 rows"; of pairs, their answers."""
         if self.scan.num_rows == self.num_rows:
-            return "1 row" if self.num_rows == 1 else f"{self.num_rows:,} rows"
-        return f"{self.scan.num_rows:,} of {self.num_rows:,} rows"
+            return f"1 {self.noun}" if self.num_rows == 1 else f"{self.num_rows:,} {self.noun}s"
+        return f"{self.scan.num_rows:,} of {self.num_rows:,} {self.noun}s"
 
 
 def sources(context: Context) -> Iterator[Source]:
@@ -42,9 +43,10 @@ def sources(context: Context) -> Iterator[Source]:
         ConfigError: the model's template or tokenizer cannot make examples.
     """
     config, job = context.config, context.job
-    yield Source("data.train", config.where("data.train"), context.train_scan, len(job.rows))
+    noun = "answer" if config.objective.shape == "pairs" else "row"
+    yield Source("data.train", config.where("data.train"), context.train_scan, len(job.rows), noun)
     if context.eval_scan is not None and job.eval_rows is not None:
-        yield Source("data.eval", config.where("data.eval"), context.eval_scan, len(job.eval_rows))
+        yield Source("data.eval", config.where("data.eval"), context.eval_scan, len(job.eval_rows), noun)
 
 
 def fault_findings(check: str, source: Source, stage: Stage) -> list[Finding]:

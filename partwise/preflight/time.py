@@ -26,6 +26,7 @@ from partwise.tables import format_seconds
 from partwise.training.evaluations import Schedule
 from partwise.training.job import Job
 from partwise.training.probe import measuring, untouched
+from partwise.training.reference import reference_source
 from partwise.training.step import accumulate_loss, batch_loss_sum
 
 # Micro-batches that are timed, for how long they are repeated, and how often at the most.
@@ -96,10 +97,10 @@ def check_time(context: Context) -> list[Finding]:
 
 def describe(job: Job, timing: Timing) -> str:
     """What a step is made of."""
-    train, num_workers = job.config.train, job.config.data.num_workers
+    num_workers = job.config.data.num_workers
     number = timing.number
     batches = "1 micro-batch" if number == 1 else f"{number} micro-batches"
-    prepared = format_seconds(train.global_batch_size * timing.row)
+    prepared = format_seconds(job.answers_per_step * timing.row)
     if num_workers:
         by = "another process" if num_workers == 1 else f"each of {num_workers} other processes"
         rows = f"rows that {by} prepares in {prepared}"
@@ -114,15 +115,15 @@ def describe(job: Job, timing: Timing) -> str:
 
 def num_micro_batches(context: Context) -> int:
     """Of a step of rows of the usual lengths."""
-    train, groups = context.config.train, typical_groups(context)
-    if context.job.packs is None:
-        return -(-train.global_batch_size // train.micro_batch_size)
-    return math.ceil(len(groups) * train.global_batch_size / sum(map(len, groups)))
+    job, groups = context.job, typical_groups(context)
+    if job.packs is None:
+        return -(-job.answers_per_step // job.answers_per_batch)
+    return math.ceil(len(groups) * job.answers_per_step / sum(map(len, groups)))
 
 
 def step_seconds(job: Job, timing: Timing) -> float:
     computing = timing.number * timing.backward + timing.update
-    return with_rows(job, computing, job.config.train.global_batch_size * timing.row)
+    return with_rows(job, computing, job.answers_per_step * timing.row)
 
 
 def with_rows(job: Job, computing: float, preparing: float) -> float:
@@ -133,14 +134,14 @@ def with_rows(job: Job, computing: float, preparing: float) -> float:
 
 def evaluations(context: Context, timing: Timing) -> tuple[int, float]:
     """How many there are, one at the end included, and the seconds of each, without answers."""
-    job, train, scan = context.job, context.config.train, context.eval_scan
+    job, scan = context.job, context.eval_scan
     if job.eval_rows is None or scan is None or not scan.num_examples:
         return 0, 0.0
     schedule = Schedule(context.config, job.num_steps)
     number = sum(schedule.measures_at(done) for done in range(1, job.num_steps + 1))
     longer = tokens_per_row(scan, job) / tokens_per_row(context.train_scan, job)
     num_rows = len(job.eval_rows)
-    computing = num_rows / train.global_batch_size * timing.number * timing.forward * longer
+    computing = num_rows / job.answers_per_step * timing.number * timing.forward * longer
     return number, with_rows(job, computing, num_rows * timing.row * longer)
 
 
@@ -149,18 +150,21 @@ def time_passes(context: Context) -> Timing:
     job, model = context.job, context.loaded.model
     batches = typical_batches(context)
     again = seconds_of(partial(typical_batches, context), job.device)  # the first time may still warm up
-    row = again / sum(len(batch.rows) for batch in batches)
+    row = again / sum(len(batch.sides) for batch in batches)
     number = num_micro_batches(context)
-    usual = job.config.train.global_batch_size / number * tokens_per_row(context.train_scan, job)
+    usual = job.answers_per_step / number * tokens_per_row(context.train_scan, job)
     scale = usual / mean(batch.num_input_tokens for batch in batches)
     with untouched(model):
         passes = [partial(accumulate_loss, model, StepData(0, (batch,)), job.device) for batch in batches]
         backward = measured_seconds(passes, job.device)
     forward = 0.0
-    if job.eval_rows is not None:
+    looks_twice = reference_source(job, context.engine) in ("adapter_off", "copy")
+    if job.eval_rows is not None or looks_twice:
         with measuring(model):
             passes = [partial(batch_loss_sum, model, batch, job.device) for batch in batches]
             forward = measured_seconds(passes, job.device)
+    if looks_twice:  # the reference is asked about each micro-batch, too
+        backward, forward = backward + forward, 2 * forward
     sizes = [model.get_parameter(name).numel() for name in job.plan.trainable]
     shape = batches[len(batches) // 2].input_ids.shape
     device = torch.device("cpu") if job.config.train.offload_optimizer else job.device

@@ -23,6 +23,7 @@ from partwise.evaluation.tables import judgement_tables
 from partwise.model.compile import uncompiled
 from partwise.training.checkpoint import LOSS, cost_in
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
+from partwise.training.preference import Evaluated, Preference
 from partwise.training.probe import measuring
 from partwise.training.share import Shares
 from partwise.training.span import StageSpan
@@ -76,8 +77,10 @@ class Evaluations:
         run_folder: Path,
         log: MetricsLog,
         progress: ProgressLine,
+        preference: Preference | None = None,
     ) -> None:
         self.loaded = loaded
+        self.preference = preference
         self.settings = config.evaluate
         self.span = span
         self.schedule = Schedule(config, span.last_step)
@@ -112,10 +115,11 @@ class Evaluations:
         """
         if self.steps is None or not (is_last or self.schedule.measures_at(done)):
             return Measured()
-        loss = evaluate_loss(self.loaded.model, self.steps, device, is_stopped, self.steps.engine)
-        if loss is not None:
-            self.log.write_eval(done, loss)
-            self.progress.show_eval(done, loss)
+        evaluated = self.evaluate(self.steps, device, is_stopped)
+        if evaluated is not None:
+            self.log.write_eval(done, *evaluated)
+            self.progress.show_eval(done, *evaluated)
+        loss = evaluated.loss if evaluated else None
         judgement = None
         if self.asking and (is_last or self.schedule.judges_at(done)):
             judgement = self.judge(self.asking, is_stopped)
@@ -126,6 +130,16 @@ class Evaluations:
         if cost is not None:
             self.costs.append((done, cost))
         return measured
+
+    def evaluate(
+        self, steps: Shares, device: torch.device, is_stopped: Callable[[], bool]
+    ) -> Evaluated | None:
+        """The objective's loss; None where a stop signal came."""
+        model, engine = self.loaded.model, steps.engine
+        if self.preference is not None:
+            return self.preference.evaluate(model, steps, device, is_stopped, engine)
+        loss = evaluate_loss(model, steps, device, is_stopped, engine)
+        return None if loss is None else Evaluated(loss, {})
 
     def judge(self, asking: Asking, is_stopped: Callable[[], bool]) -> Judgement | None:
         """What all ranks judged; None where a stop signal came to one of them."""

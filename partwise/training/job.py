@@ -18,8 +18,9 @@ from partwise.data.chat import ChatFormat
 from partwise.data.features import FeatureStore
 from partwise.data.loader import StepLoader
 from partwise.data.packing import PackFormat
-from partwise.data.sources import Rows, open_rows
+from partwise.data.sources import OtherAnswers, Rows, open_rows
 from partwise.data.template import end_of_turn
+from partwise.data.texts import TextFormat
 from partwise.engine.device import limit_memory, pick_device, seed_everything
 from partwise.engine.ranks import Ranks
 from partwise.errors import ConfigError, PlanError
@@ -144,7 +145,8 @@ class Job:
     def _format(self, features: FeatureStore | None) -> ChatFormat:
         data = self.config.data
         ids = media_token_ids(self.empty_model.config, self.processor)
-        return ChatFormat(self.processor, ids, data.max_seq_len, data.overlong, features)
+        make = TextFormat if self.config.objective.loss == "text" else ChatFormat
+        return make(self.processor, ids, data.max_seq_len, data.overlong, features)
 
     @cached_property
     def cut(self) -> Cut | None:
@@ -203,20 +205,20 @@ class Job:
 
     @cached_property
     def rows(self) -> Rows:
-        return open_rows(self.config.data.train_files)
+        return open_rows(self.config.data.train_files, self.config.objective.shape)
 
     @cached_property
     def eval_rows(self) -> Rows | None:
         files = self.config.data.eval_files
-        return open_rows(files) if files else None
+        return open_rows(files, self.config.objective.shape) if files else None
 
     @cached_property
     def loader(self) -> StepLoader:
-        return self._loader(self.rows, shuffle=True)
+        return self.make_loader(self.rows, shuffle=True)
 
     @cached_property
     def eval_loader(self) -> StepLoader | None:
-        return None if self.eval_rows is None else self._loader(self.eval_rows, shuffle=False)
+        return None if self.eval_rows is None else self.make_loader(self.eval_rows, shuffle=False)
 
     @cached_property
     def packs(self) -> PackFormat | None:
@@ -233,7 +235,7 @@ class Job:
             return None
         has_axes = hasattr(model.base_model, "get_rope_index")
         return PackFormat(
-            max_tokens=self.config.train.micro_batch_size * data.max_seq_len,
+            max_tokens=self.answers_per_batch * data.max_seq_len,
             image_field=IMAGE_RUN_FIELDS.get(model.config.model_type),
             positions=partial(grid_positions, model) if has_axes else None,
         )
@@ -268,7 +270,8 @@ class Job:
         pays = self.packs is not None and self.num_steps >= COMPILE_PAYS_FROM
         return can_compile() and (pays if wanted is None else wanted)
 
-    def _loader(self, rows: Rows, shuffle: bool, start: int = 0) -> StepLoader:
+    def make_loader(self, rows: Rows, shuffle: bool, start: int = 0) -> StepLoader:
+        """A loader of the run's batches over these rows."""
         train = self.config.train
         return StepLoader(
             rows,
@@ -283,7 +286,24 @@ class Job:
             num_ranks=self.ranks.size,
             packs=self.packs,
             start=start,
+            per_row=rows.per_row,
+            others=OtherAnswers(rows) if self.config.objective.loss == "kto" else None,
         )
+
+    @property
+    def base_adapter(self) -> Path | None:
+        """The adapter that the run began with."""
+        return self.adapter
+
+    @property
+    def is_as_begun(self) -> bool:
+        """Whether the model is opened as it was before the run's first step."""
+        return True
+
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether this is a stage with other rows, or other limits of them, than the run's."""
+        return False
 
     @property
     def stages(self) -> Sequence[Job]:
@@ -306,6 +326,16 @@ class Job:
         return self
 
     @property
+    def answers_per_step(self) -> int:
+        """Conversations of an optimizer step: of pairs there are two for each row."""
+        return self.config.train.global_batch_size * self.config.objective.per_row
+
+    @property
+    def answers_per_batch(self) -> int:
+        """Conversations of a padded micro-batch; of packs, how often they hold max_seq_len tokens."""
+        return self.config.train.micro_batch_size * self.config.objective.per_row
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the run. Raises: ConfigError when the warm-up would take all of them."""
         train = self.config.train
@@ -316,7 +346,8 @@ class Job:
             where = self.config.where("train.warmup_steps")
             raise ConfigError(
                 f"{where}: train.warmup_steps: {train.warmup_steps} leaves nothing of the {num_steps} steps "
-                f"that {len(self.rows)} rows make in train.epochs {train.epochs:g}. Warm up for fewer steps."
+                f"that {self.loader.num_rows} rows make in train.epochs {train.epochs:g}. Warm up for "
+                "fewer steps."
             )
         return num_steps
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
@@ -32,6 +32,7 @@ from partwise.training.evaluations import Evaluations, is_due
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
 from partwise.training.optim import Optimizer
+from partwise.training.preference import Preference
 from partwise.training.probe import take_probe
 from partwise.training.proof import Proof, add_to_report
 from partwise.training.saver import Saver
@@ -70,12 +71,14 @@ def run_stage(
     span: StageSpan | None = None,
     whole_plan: PartsPlan | None = None,
     tracking: Tracking | None = None,
+    open_preference: Callable[[], Preference | None] = lambda: None,
 ) -> dict[str, Any]:
     """Train to `num_steps`, from the start or from a checkpoint; the run's manifest, stamped at the end.
 
     With several ranks each of them runs it, and the first one writes and prints. A stage that others follow
     ends with a checkpoint. `span` says which steps of the run the stage has, and `whole_plan` is the plan of
-    all stages, which is what is saved.
+    all stages, which is what is saved. `open_preference` gives the loss in place of the token loss; it is
+    called when the model can be run and no checkpoint was loaded.
 
     Raises:
         PlanError: what trains is not what the plan says.
@@ -90,6 +93,7 @@ def run_stage(
     device = engine.device or model.device
     verify_plan(model, plan, "the weights were spread over ranks")
     optimizer = Optimizer(model, plan, train, num_steps, engine, span.first_step)
+    preference = open_preference()
     first_step = 0
     if resume_from:
         is_new_stage = 0 < span.first_step == step_of(resume_from)
@@ -119,7 +123,7 @@ def run_stage(
             best_by,
         ) as saver,
     ):
-        evaluations = Evaluations(loaded, config, eval_steps, span, run_folder, log, progress)
+        evaluations = Evaluations(loaded, config, eval_steps, span, run_folder, log, progress, preference)
         # A run may have been killed between its last step and its end.
         last_step = first_step if evaluations.is_stalled else span.last_step
         pending, done = PendingSteps(), first_step
@@ -130,7 +134,8 @@ def run_stage(
             logs = is_last or evaluations.are_due(done) or is_saved or is_due(done, train.log_every)
 
             seed_everything(train.seed, done, ranks.rank)
-            pending.add(train_step(model, step_data, optimizer, device, observe=logs), wait_seconds)
+            outcome = train_step(model, step_data, optimizer, device, logs, preference)
+            pending.add(outcome, wait_seconds)
             saver.poll()
             stops = ranks.any(bool(stop))
             logs = logs or stops
@@ -274,6 +279,7 @@ class PendingSteps:
             step_seconds=(time.monotonic() - self.start) / num_steps,
             data_wait_seconds=self.data_wait_seconds / num_steps,
             peak_memory_bytes=peak_memory_bytes(device),
+            preference=values.preference,
         )
 
 

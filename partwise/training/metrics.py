@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
@@ -66,10 +66,16 @@ class MetricsLog:
             partial.replace(self.path)
 
     def write_step(self, metrics: StepMetrics) -> None:
-        self._write(asdict(metrics))
+        record = asdict(metrics)
+        if not metrics.preference:
+            del record["preference"]
+        self._write(record)
 
-    def write_eval(self, step: int, eval_loss: float) -> None:
-        self._write({"step": step, "eval_loss": eval_loss})
+    def write_eval(
+        self, step: int, eval_loss: float, preference: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        told = {"eval_preference": dict(preference)} if preference else {}
+        self._write({"step": step, "eval_loss": eval_loss, **told})
 
     def write_scores(self, step: int, judgement: Judgement) -> None:
         groups = {
@@ -169,8 +175,11 @@ class ProgressLine:
         else:
             self.console.print(line, soft_wrap=True, highlight=False)
 
-    def show_eval(self, step: int, eval_loss: float) -> None:
-        self.show_text(f"step {step}/{self.num_steps}  eval loss {eval_loss:.4f}")
+    def show_eval(
+        self, step: int, eval_loss: float, preference: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        told = f"  {format_preference(preference)}" if preference else ""
+        self.show_text(f"step {step}/{self.num_steps}  eval loss {eval_loss:.4f}{told}")
 
     def show_scores(self, step: int, judgement: Judgement) -> None:
         means = "  ".join(f"{name} {value:.3f}" for name, value in judgement.scores.items())
@@ -192,6 +201,7 @@ def format_step(metrics: StepMetrics, num_steps: int, seconds_left: float) -> st
     fields = [
         f"step {metrics.step}/{num_steps}",
         f"loss {metrics.loss:.4f}",
+        format_preference(metrics.preference),
         f"norm {metrics.grad_norm:.3g}",
         f"lr {by_part(metrics.learning_rates, '.2e')}",
         f"update {by_part(metrics.update_ratios, '.1e')}" if metrics.update_ratios else "",
@@ -202,6 +212,13 @@ def format_step(metrics: StepMetrics, num_steps: int, seconds_left: float) -> st
         f"left {timedelta(seconds=round(seconds_left))}",
     ]
     return "  ".join(field for field in fields if field)
+
+
+def format_preference(told: Mapping[str, float]) -> str:
+    """How far rewards of good and bad answers are apart, and how often the right one is higher."""
+    if not told:
+        return ""
+    return f"margin {told['reward_margin']:.3f}  accuracy {told['reward_accuracy']:.2f}"
 
 
 def by_part(values: dict[str, float], form: str) -> str:

@@ -19,7 +19,7 @@ from partwise.data.chat import truncate
 from partwise.data.loader import refuse_empty
 from partwise.engine.single import Engine
 from partwise.errors import DataError
-from partwise.records import Example, StepData, Totals
+from partwise.records import Batch, Example, StepData, Totals
 from partwise.training.probe import probe_examples
 
 if TYPE_CHECKING:
@@ -57,17 +57,22 @@ class Shares:
             num_target_tokens=sum(share.num_target_tokens for share in said),
             num_input_tokens=sum(share.num_input_tokens for share in said),
             rows=tuple(row for share in said for row in share.rows),
+            counts=sum((share.counts for share in said), Counter[str]()),
         )
         if totals.num_target_tokens == 0:
             refuse_empty(step_data.step, self.loader.row_names(step_data.step), dropped)
-        batches = step_data.batches
+        batches, others = step_data.batches, step_data.others
         if self.engine.runs_together:
-            flags = zip_longest(*(share.has_media for share in said), fillvalue=False)
-            has_media = [self.engine.runs_vision and any(position) for position in flags]
-            text, image = self.fillers
-            pad_token_id, packs = self.loader.pad_token_id, self.loader.packs
-            batches = align_batches(batches, has_media, text, image, pad_token_id, packs)
-        return StepData(step_data.step, batches, dropped, totals)
+            batches = self._align(batches, [share.has_media for share in said])
+            others = self._align(others, [share.others_have_media for share in said])
+        return StepData(step_data.step, batches, dropped, totals, others)
+
+    def _align(self, batches: tuple[Batch, ...], told: list[list[bool]]) -> tuple[Batch, ...]:
+        """Made like those of the other ranks, which told which of theirs have media."""
+        flags = zip_longest(*told, fillvalue=False)
+        has_media = [self.engine.runs_vision and any(position) for position in flags]
+        text, image = self.fillers
+        return align_batches(batches, has_media, text, image, self.loader.pad_token_id, self.loader.packs)
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -92,6 +97,8 @@ class Told(NamedTuple):
     rows: tuple[str, ...]
     dropped: Counter[str]
     has_media: list[bool]
+    others_have_media: list[bool]
+    counts: Counter[str]
 
 
 def tell(step_data: StepData) -> Told:
@@ -101,4 +108,6 @@ def tell(step_data: StepData) -> Told:
         step_data.rows,
         step_data.dropped,
         [bool(batch.media) for batch in step_data.batches],
+        [bool(batch.media) for batch in step_data.others],
+        step_data.counts,
     )

@@ -52,10 +52,12 @@ class RunJob(Job):
         return len(found[part].layers)
 
     def _steps_per_epoch(self, data: DataConfig) -> int:
-        return math.ceil(len(self.rows_of(data)) / self.config.train.global_batch_size)
+        return math.ceil(self.rows_of(data).num_rows / self.config.train.global_batch_size)
 
     def rows_of(self, data: DataConfig) -> Rows:
-        return self.rows if data.train == self.config.data.train else open_rows(data.train_files)
+        if data.train == self.config.data.train:
+            return self.rows
+        return open_rows(data.train_files, self.config.objective.shape)
 
     @cached_property
     def stages(self) -> Sequence[Job]:
@@ -157,11 +159,23 @@ class StageJob(Job):
         before = zip(self.finished, self.run.configs, strict=False)
         train = self.config.data.train
         seen = sum(stage.steps for stage, known in before if known.config.data.train == train)
-        return self._loader(self.rows, shuffle=True, start=self.span.first_step - seen)
+        return self.make_loader(self.rows, shuffle=True, start=self.span.first_step - seen)
 
     @property
     def adapter(self) -> Path | None:
         return self.checkpoint if self.checkpoint and self.whole_plan.has_adapters else self.run.adapter
+
+    @property
+    def base_adapter(self) -> Path | None:
+        return self.run.adapter
+
+    @property
+    def is_as_begun(self) -> bool:
+        return self.checkpoint is None
+
+    @property
+    def has_own_rows(self) -> bool:
+        return self.config.data != self.run.config.data
 
     def _load(self) -> LoadedModel:
         if self.checkpoint is None or self.whole_plan.has_adapters:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from partwise.data.loader import StepLoader
+    from partwise.training.preference import Preference
     from partwise.training.share import Shares
 
 
@@ -45,7 +46,7 @@ class NonFiniteError(TrainingError):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step gave: `values` is (1 + parts,), the mean loss and then each part's gradient norm, fp64."""
+    """What a step gave: `values`, fp64, are the loss, what `told` names, and each part's gradient norm."""
 
     step: int
     values: Tensor
@@ -55,6 +56,7 @@ class StepOutcome:
     num_target_tokens: int
     dropped: Counter[str]
     observed: Observed | None = None
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class StepValues:
     loss: float
     grad_norm: float
     grad_norms: dict[str, float]
+    preference: dict[str, float]
 
 
 def train_step(
@@ -72,24 +75,29 @@ def train_step(
     optimizer: Optimizer,
     device: torch.device,
     observe: bool = False,
+    preference: Preference | None = None,
 ) -> StepOutcome:
     """Forward and backward over all micro-batches, then one update.
 
-    The loss and its gradients are those of the mean over the step's target tokens, however the rows are
-    split into micro-batches.
+    The loss and its gradients are those of the mean over the step's target tokens, or with `preference` over
+    its answers, however the rows are split into micro-batches.
 
     Raises:
         TrainingError: a tensor of a part that this step must reach has never had a gradient.
     """
-    total = accumulate_loss(model, step_data, device, optimizer.engine)
+    if preference is None:
+        told = accumulate_loss(model, step_data, device, optimizer.engine)[None]
+    else:
+        told = preference.accumulate(model, step_data, device, optimizer.engine)
     optimizer.collect()
     gradients = observe_gradients(optimizer) if observe else None
-    norms = optimizer.update(step_data.step, total)
+    norms = optimizer.update(step_data.step, told[0])
     check_reached(optimizer, step_data)
     return StepOutcome(
         step=step_data.step,
-        values=torch.stack([total, *(norm.to(total) for norm in norms.values())]),
+        values=torch.cat([told, torch.stack(list(norms.values())).to(told)]),
         parts=tuple(norms),
+        told=() if preference is None else preference.metrics,
         rows=step_data.rows,
         num_input_tokens=step_data.num_input_tokens,
         num_target_tokens=step_data.num_target_tokens,
@@ -174,7 +182,8 @@ def read_outcomes(outcomes: Sequence[StepOutcome]) -> list[StepValues]:
 
 
 def read_values(outcome: StepOutcome, row: list[float]) -> StepValues:
-    loss, norms = row[0], dict(zip(outcome.parts, row[1:], strict=True))
+    loss, told = row[0], dict(zip(outcome.told, row[1:], strict=False))
+    norms = dict(zip(outcome.parts, row[1 + len(told) :], strict=True))
     if not all(math.isfinite(value) for value in row):
         more = len(outcome.rows) - 4
         rows = ", ".join(outcome.rows[:4]) + (f" and {more} more" if more > 0 else "")
@@ -186,7 +195,7 @@ def read_values(outcome: StepOutcome, row: list[float]) -> StepValues:
             outcome.step,
             {"loss": loss, **{f"gradient norm of {part}": norm for part, norm in norms.items()}},
         )
-    return StepValues(loss, math.hypot(*norms.values()), norms)
+    return StepValues(loss, math.hypot(*norms.values()), norms, told)
 
 
 @torch.no_grad()

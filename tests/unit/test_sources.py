@@ -121,7 +121,22 @@ def test_images_may_be_bytes_structs_and_data_urls() -> None:
 
 ROW_FAULTS = [
     ([1], f"the row is a list, not an object. {FORMATS}"),
-    ({"text": "x", "id": 1}, f"the keys are text, id. {FORMATS}"),
+    ({"texts": "x", "id": 1}, f"the keys are texts, id. {FORMATS}"),
+    (
+        {"text": "x"},
+        'the row is raw text ("text"), which objective.loss sft does not read. Set objective.loss: text, or '
+        f"give chats. {FORMATS}",
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        'the row has "chosen" or "rejected", so it is a pair of answers, which objective.loss sft does not '
+        "read. Set objective.loss: dpo (or orpo, simpo), or give rows of one answer.",
+    ),
+    (
+        {"prompt": "a", "completion": "b", "label": False},
+        'the row has "label": true or false, so it says whether its answer is good, which objective.loss sft '
+        "does not read. Set objective.loss: kto, or remove the key.",
+    ),
     ({}, f"the keys are none. {FORMATS}"),
     ({"messages": "x"}, f'"messages" is a str, not a list of messages. {FORMATS}'),
     ({"messages": []}, '"messages" is empty. Add a user and an assistant message, or remove the row.'),
