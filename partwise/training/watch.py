@@ -125,7 +125,7 @@ class Watch:
             if "warning" in record:
                 self.told.add((record["warning"], record["part"]))
             elif "update_ratios" in record:
-                self._see(StepMetrics(**{key: record[key] for key in METRICS}))
+                self._see(StepMetrics(**{key: record[key] for key in METRICS if key in record}))
 
     def see(self, metrics: StepMetrics) -> list[Alarm]:
         """The alarms that this step gives rise to."""
