@@ -28,6 +28,7 @@ from partwise.training.probe import measuring
 from partwise.training.share import Shares
 from partwise.training.span import StageSpan
 from partwise.training.step import evaluate_loss
+from partwise.training.tracked import answered_samples
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,7 @@ class Evaluations:
         self.log = log
         self.progress = progress
         self.asking = make_asking(config)
+        self.num_tracked = config.tracking.samples if config.tracking else 0
         self.best_by = self.settings.best_by if self.settings else LOSS
         # All ranks must decide alike, and one of them has the file.
         self.costs = self.read_costs() if steps is not None else []
@@ -172,6 +174,9 @@ class Evaluations:
             tables = judgement_tables(judgement, self.asking.group_by if self.asking else None)
             title = f"{self.run_folder}: answers after step {done}"
             write_report(self.run_folder, title, judgement, self.rows, tables, step=done)
+        if self.log.tracking is not None:
+            shown = answered_samples(self.rows, judgement, self.num_tracked)
+            self.log.tracking.log_samples(shown, done)
 
     @property
     def is_stalled(self) -> bool:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from rich.console import Console
@@ -23,6 +25,10 @@ from partwise.trackers.libraries import TRACKERS
 from partwise.trackers.tracker import Sample, TrackedRun
 from partwise.trackers.tracking import Tracking
 from partwise.training.job import Job
+
+if TYPE_CHECKING:
+    from partwise.data.sources import Rows
+    from partwise.evaluation.judgement import Judgement
 
 ID_FILE = "tracking.json"
 SAMPLE_PIXELS = 512  # longest side of a sample's image
@@ -73,6 +79,12 @@ def first_samples(job: Job, track: TrackConfig) -> list[Sample]:
         except DataError:  # training says so when it comes to that row
             continue
     return samples
+
+
+def answered_samples(rows: Rows, judgement: Judgement, number: int) -> list[Sample]:
+    """The first judged rows with what the model answered. Raises: DataError."""
+    shown = judgement.samples[:number]
+    return [replace(make_sample(rows[sample.place]), generated=sample.answer) for sample in shown]
 
 
 def make_sample(conversation: Conversation) -> Sample:

@@ -38,7 +38,12 @@ def test_a_resumed_run_goes_on_in_its_trackers(toy, tmp_path, run_cli, monkeypat
     monkeypatch.setitem(libraries.TRACKERS, "trackio", Refusing)
     monkeypatch.setattr("partwise.preflight.packages.require_tracker", lambda name, what: None)
     config = toy.config(
-        tmp_path, train__steps=4, train__save_every=2, track={"to": ["tensorboard", "trackio"], "samples": 3}
+        tmp_path,
+        train__steps=4,
+        train__save_every=2,
+        track={"to": ["tensorboard", "trackio"], "samples": 3},
+        data__eval=str(toy.train),
+        evaluate={"rows": 2, "max_new_tokens": 4},
     )
     run = tmp_path / "run"
     done = run_cli("train", config)
@@ -49,7 +54,11 @@ def test_a_resumed_run_goes_on_in_its_trackers(toy, tmp_path, run_cli, monkeypat
     ]
     losses = {line["step"]: line["loss"] for line in read_lines(run) if "loss" in line}
     first = json.loads((run / "tracking.json").read_text())
-    assert {e.step: e.value for e in read_events(run).Scalars("loss")} == pytest.approx(losses)
+    events = read_events(run)
+    assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(losses)
+    texts = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("samples/0/text_summary")}
+    answers = [json.loads(line)["answer"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert "model:" not in texts[0] and texts[4].rstrip().endswith(f"model: {answers[0]}".rstrip())
 
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints/step-000004")
