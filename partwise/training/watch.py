@@ -104,7 +104,8 @@ def update_ratio(optimizer: Optimizer, names: list[str]) -> Tensor:
     return update / weight.clamp(min=1e-30)
 
 
-# What a record of a step has of it: where there are stages, it has the stage's name besides.
+# What a record of a step may have of it: answers are told of by preference losses alone, and where there are
+# stages, a record has the name of its stage besides.
 METRICS = tuple(field.name for field in fields(StepMetrics))
 
 
