@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from partwise.data.write import write_conversations
 from partwise.engine.device import seed_everything
 from partwise.errors import TrainingError
 from partwise.model.compile import uncompiled
-from partwise.records import Batch, Conversation, Image, Message, PartsPlan, StepData
+from partwise.records import Batch, Conversation, PartsPlan, StepData
 from partwise.training.optim import Optimizer
 from partwise.training.step import NonFiniteError, batch_loss_sum
 
@@ -165,39 +166,6 @@ def summarize_tensor(tensor: Tensor) -> dict[str, Any]:
 def write_fault(folder: Path, record: dict[str, Any], conversations: Iterable[Conversation]) -> None:
     """rows.jsonl, images/ and fault.json in `folder`, in place of what an earlier fault left there."""
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "images").mkdir(parents=True)
-    with (folder / "rows.jsonl").open("w") as file:
-        for number, conversation in enumerate(conversations, start=1):
-            file.write(json.dumps(plain_row(folder, f"{number:03d}", conversation)) + "\n")
+    folder.mkdir(parents=True)
+    write_conversations(folder, conversations)
     (folder / "fault.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def plain_row(folder: Path, row: str, conversation: Conversation) -> dict[str, Any]:
-    """A row as JSON, its images written to folder/images."""
-    names: list[str] = []
-
-    def plain_content(content: Any) -> dict[str, str]:
-        if not isinstance(content, Image):
-            return {"type": "text", "text": content.text}
-        names.append(write_image(content, folder / "images" / f"{row}-{len(names) + 1}"))
-        return {"type": "image", "image": f"images/{names[-1]}"}
-
-    def plain_message(message: Message) -> dict[str, Any]:
-        contents = [plain_content(content) for content in message.contents]
-        trained = {"train": message.train} if message.role == "assistant" else {}
-        return {"role": message.role, "content": contents, **trained}
-
-    return {"messages": [plain_message(message) for message in conversation.messages]}
-
-
-def write_image(image: Image, path: Path) -> str:
-    """The image's own bytes, or a PIL image as PNG; the file's name."""
-    if isinstance(image.source, str):
-        path = path.with_suffix(Path(image.source).suffix)
-        shutil.copyfile(image.source, path)
-    elif isinstance(image.source, bytes):
-        path.write_bytes(image.source)
-    else:
-        path = path.with_suffix(".png")
-        image.source.save(path)
-    return path.name
