@@ -48,7 +48,6 @@ ROW_CHECKS: list[Check] = [
     check_end_of_turn,
     check_duplicates,
     check_overlap,
-    check_evaluate,
 ]
 CHECKS: list[Check] = [
     check_config,
@@ -61,6 +60,7 @@ CHECKS: list[Check] = [
     check_lineage,
     check_disk,
     *ROW_CHECKS,
+    check_evaluate,
     check_objective,
     check_packing,
     check_features,

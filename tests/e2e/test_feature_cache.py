@@ -119,7 +119,7 @@ def test_ranks_fill_a_share_each_and_train_as_one(
 def test_cache_without_a_folder_is_refused(run_cli: Callable, make_config: Callable) -> None:
     done = run_cli("cache", make_config("run", plain=True))
     assert done.code == 1
-    assert done.err.startswith("error: there is no data.feature_cache.")
+    assert done.err.startswith("error: there is no data.feature_cache, and no objective.reference_cache.")
 
 
 def test_preview_shows_rows_of_a_run_with_a_cache_that_is_empty(
