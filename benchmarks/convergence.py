@@ -74,7 +74,7 @@ def main() -> None:
     distances = [distance(curve, reference) for curve in (ours, *others)]
     row = {
         "cell": "digits at real head dimensions",
-        "command": f"python -m benchmarks.convergence {out}",
+        "command": "python -m benchmarks.convergence OUT.jsonl",
         **describe_machine(),
         "steps": num_steps,
         "last_losses": [round(smooth(curve)[-1], 5) for curve in (ours, reference, *others)],

@@ -48,7 +48,7 @@ def main() -> None:
         (folder / "examples").symlink_to(ROOT / "examples")
         row = {
             "cell": "digits demo",
-            "command": f"python -m benchmarks.demo {out}",
+            "command": "python -m benchmarks.demo OUT.jsonl",
             **describe_machine(),
             "num_cores": os.cpu_count(),
             "load_average": round(load, 2),
