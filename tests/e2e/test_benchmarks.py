@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import stages
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -59,6 +61,13 @@ def scaling(monkeypatch) -> dict:
 
 def test_the_page_of_predictions_is_what_the_arithmetic_gives(scaling) -> None:
     assert scaling["PAGE"].read_text() == scaling["page"]()
+
+
+def test_the_page_of_stages_has_what_was_measured() -> None:
+    assert stages.page() == stages.PAGE.read_text()
+    assert {row.split(" | ")[0].strip("| ") for row in stages.PAGE.read_text().splitlines()} >= set(
+        stages.WAYS
+    )
 
 
 def test_a_prediction_by_hand(scaling) -> None:
