@@ -101,6 +101,11 @@ class Config(Section):
         return isinstance(other, Config) and self.model_dump() == other.model_dump()
 
     @property
+    def best_by(self) -> str:
+        """What keep_best and patience go by: "loss", or a metric of `evaluate`."""
+        return self.evaluate.best_by if self.evaluate else "loss"
+
+    @property
     def tracking(self) -> TrackConfig | None:
         """The trackers in full; None without any."""
         return TrackConfig(to=self.track) if isinstance(self.track, list) else self.track

@@ -16,7 +16,7 @@ USUAL_LORA_RATE = 2e-4
 
 def check_rates(context: Context) -> list[Finding]:
     """LoRA at a learning rate that is usual for full fine-tuning; losses of preferences take less."""
-    if context.config.objective.shape not in ("chats", "texts"):
+    if context.config.objective.is_preference:
         return []
     return [
         low_rate(context, part)

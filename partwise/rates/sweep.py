@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from partwise.config import TrainConfig
-from partwise.engine.device import seed_everything
+from partwise.engine.device import free_memory, seed_everything
 from partwise.model.parts import set_train_mode
 from partwise.rates.suggest import Sweep, diverges
 from partwise.records import PartsPlan
@@ -52,6 +52,7 @@ def sweep_rates(job: Job, rates: Sequence[float], parts: Sequence[str]) -> Sweep
         PlanError: nothing trains.
         DataError: a row cannot be used.
     """
+    free_memory()  # of the sweep before: a model holds itself
     loaded = job.open_model()
     optimizer = SweepOptimizer(loaded.model, job.plan, job.config.train, rates, parts)
     set_train_mode(loaded.model, job.plan)

@@ -6,7 +6,6 @@ console, and samples.jsonl and samples.html in a folder. One model is in memory 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from partwise.data.chat import ChatFormat
 from partwise.data.loader import StepLoader
 from partwise.data.sources import Rows, open_rows
 from partwise.data.template import tokenizer_of
+from partwise.engine.device import free_memory
 from partwise.errors import ConfigError
 from partwise.evaluation.comparison import compare
 from partwise.evaluation.generate import make_answerer
@@ -92,7 +92,7 @@ def evaluate(
     # The controls are about one model, not about what tuning changed.
     uncontrolled = replace(asking, control=False)
     base = None if baseline is None else judge_folder(baseline, rows, uncontrolled, options, console)
-    gc.collect()  # a model holds itself, and the next one needs the memory
+    free_memory()  # a model holds itself, and the next one needs the memory
     result = replace(judge_folder(folder, rows, asking, options, console), base=base)
     tables = judgement_tables(result.judgement, options.group_by, result.loss)
     if base is not None:

@@ -91,7 +91,7 @@ class Evaluations:
         self.progress = progress
         self.asking = make_asking(config)
         self.num_tracked = config.tracking.samples if config.tracking else 0
-        self.best_by = self.settings.best_by if self.settings else LOSS
+        self.best_by = config.best_by
         # All ranks must decide alike, and one of them has the file.
         self.costs = self.read_costs() if steps is not None else []
 

@@ -27,7 +27,7 @@ from partwise.lineage.verify import Probe
 from partwise.model.parts import set_train_mode, verify_plan
 from partwise.model.quantize import quantization_of
 from partwise.records import Finding, PartsPlan, StepData, StepMetrics
-from partwise.training.checkpoint import LOSS, checkpoint_folder, load_checkpoint, resume_command, step_of
+from partwise.training.checkpoint import checkpoint_folder, load_checkpoint, resume_command, step_of
 from partwise.training.evaluations import Evaluations, is_due
 from partwise.training.fault import explain_fault
 from partwise.training.metrics import MetricsLog, ProgressLine, read_metrics
@@ -107,7 +107,6 @@ def run_stage(
     records = [r for r in read_metrics(run_folder) if r["step"] > span.first_step]
     watch, ending = Watch(records), Ending(span, records, train.log_every, ranks)
     run_steps = span.run_steps or num_steps
-    best_by = config.evaluate.best_by if config.evaluate else LOSS
     with (
         ProgressLine(run_steps, first_step, console or Console()) as progress,
         StopSignals() as stop,
@@ -120,7 +119,7 @@ def run_stage(
             log.write_save,
             progress.show_text,
             make_verifier(loaded, whole_plan, config, steps, run_folder, progress),
-            best_by,
+            config.best_by,
         ) as saver,
     ):
         evaluations = Evaluations(loaded, config, eval_steps, span, run_folder, log, progress, preference)

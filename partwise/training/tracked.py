@@ -7,7 +7,7 @@ RUN/tracking.json, so that a resumed one goes on in the trackers' runs of before
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from partwise.config import TrackConfig
 from partwise.data.chat import read_pictures
 from partwise.data.rows import row_name
 from partwise.errors import DataError
-from partwise.records import Conversation, Text
+from partwise.evaluation.questions import text_of
+from partwise.records import Conversation
 from partwise.trackers.libraries import TRACKERS
 from partwise.trackers.tracker import Sample, TrackedRun
 from partwise.trackers.tracking import Tracking
@@ -96,10 +97,6 @@ def make_sample(conversation: Conversation) -> Sample:
     return Sample(
         row=row_name(conversation.source, conversation.row),
         images=tuple(pictures),
-        prompt="\n".join(filter(None, (message_text(message.contents) for message in before))),
-        answer=message_text(last.contents),
+        prompt="\n".join(filter(None, map(text_of, before))),
+        answer=text_of(last),
     )
-
-
-def message_text(contents: Sequence[object]) -> str:
-    return "".join(content.text for content in contents if isinstance(content, Text)).strip()

@@ -83,6 +83,17 @@ def assert_same(ours, theirs):
         assert error < 1e-6, f"{name}: {error}"
 
 
+def published(formula, model, reference_model, examples, keys, take_gradients):
+    """The examples with pixels of their own, their log-probabilities under the reference, and the formula's
+    loss with its gradients, from plain logits."""
+    plain = [with_own_pixels(example) for example in examples]
+    with torch.no_grad():
+        reference = plain_log_probs(reference_model, plain)
+    expected = published_loss(formula, plain_log_probs(model, plain), reference, keys)
+    expected.backward()
+    return plain, reference, (expected.item(), take_gradients(model))
+
+
 def ours(preference, model, step_data, take_gradients):
     told = preference.accumulate(model, step_data, CPU, Engine())
     return told[0].item(), take_gradients(model), dict(zip(METRICS, told[1:].tolist(), strict=True))
@@ -94,13 +105,8 @@ def test_a_step_is_the_published_formula(name, prepared, images, take_gradients)
     objective, keys = LOSSES[name]
     tiny, model, reference_model = prepared(LORA)
     examples = encode(tiny.chat_format, pair_rows(images), "pairs")
-    plain = [with_own_pixels(example) for example in examples]
-    with torch.no_grad():
-        reference = plain_log_probs(reference_model, plain)
     formula = {"smoothed": "sigmoid"}.get(name, name)
-    expected = published_loss(formula, plain_log_probs(model, plain), reference, keys)
-    expected.backward()
-    theirs = (expected.item(), take_gradients(model))
+    plain, reference, theirs = published(formula, model, reference_model, examples, keys, take_gradients)
     longest = max(
         len(a.input_ids) + len(b.input_ids) for a, b in zip(examples[::2], examples[1::2], strict=True)
     )
@@ -126,12 +132,9 @@ def test_full_training_against_either_reference(source, prepared, images, take_g
     """The head trains, too: its gradient needs each answer's weight, known only when all tokens are."""
     tiny, model, reference_model = prepared(FULL)
     examples = encode(tiny.chat_format, pair_rows(images), "pairs")
-    plain = [with_own_pixels(example) for example in examples]
-    with torch.no_grad():
-        reference = plain_log_probs(reference_model, plain)
-    expected = published_loss("sigmoid", plain_log_probs(model, plain), reference, {"beta": 0.1})
-    expected.backward()
-    theirs = (expected.item(), take_gradients(model))
+    _, reference, theirs = published(
+        "sigmoid", model, reference_model, examples, {"beta": 0.1}, take_gradients
+    )
     if source == "precomputed":
         examples = [replace(e, reference=r.sum().item()) for e, r in zip(examples, reference, strict=True)]
     preference = Preference(
@@ -148,12 +151,7 @@ def test_other_families(family, prepared, images, take_gradients):
     tiny, model, reference_model = prepared(parts, family)
     shown = [None] * 5 if family == "llama" else images
     examples = encode(tiny.chat_format, pair_rows(shown), "pairs")
-    plain = [with_own_pixels(example) for example in examples]
-    with torch.no_grad():
-        reference = plain_log_probs(reference_model, plain)
-    expected = published_loss("sigmoid", plain_log_probs(model, plain), reference, {"beta": 0.1})
-    expected.backward()
-    theirs = (expected.item(), take_gradients(model))
+    _, _, theirs = published("sigmoid", model, reference_model, examples, {"beta": 0.1}, take_gradients)
     preference = Preference(ObjectiveConfig(loss="dpo"))
     step_data = make_step(examples, 9, pack_format(model), per_row=2)
     assert_same(ours(preference, model, step_data, take_gradients), theirs)

@@ -55,6 +55,22 @@ def make_trainer(model, reference, processor, rows, tmp_path, **settings):
     return DPOTrainer(model, reference, arguments, train_dataset=dataset, processing_class=processor)
 
 
+def descend(preference, model, step_data, theirs, take_gradients, rate):
+    """Our loss and theirs, which must agree with their gradients, and then a step of gradient descent."""
+    theirs.backward()
+    expected = take_gradients(model)
+    ours = preference.accumulate(model, step_data, CPU, Engine())[0]
+    gradients = take_gradients(model)
+    assert ours.item() == pytest.approx(theirs.item(), **TOLERANCE)
+    scale = max(g.abs().max() for g in expected.values())
+    error = max((gradients[n] - g).abs().max() for n, g in expected.items()) / scale
+    assert error < 1e-4, f"{error} of {scale}"
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            model.get_parameter(name).sub_(rate * gradient)
+    return ours.item(), theirs.item()
+
+
 # With rates at which no pair is done with after four steps.
 @pytest.mark.parametrize(("variant", "rate"), [("sigmoid", 0.05), ("hinge", 0.005), ("ipo", 0.001)])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -83,18 +99,7 @@ def test_dpo_has_the_losses_of_the_dpo_trainer(
     losses = []
     for _ in range(NUM_STEPS):
         theirs = trainer.compute_loss(model, trl_batch(model, examples))
-        theirs.backward()
-        expected = take_gradients(model)
-        ours = preference.accumulate(model, step_data, CPU, Engine())[0]
-        gradients = take_gradients(model)
-        losses.append((ours.item(), theirs.item()))
-        assert ours.item() == pytest.approx(theirs.item(), **TOLERANCE)
-        scale = max(g.abs().max() for g in expected.values())
-        error = max((gradients[n] - g).abs().max() for n, g in expected.items()) / scale
-        assert error < 1e-4, f"{error} of {scale}"
-        with torch.no_grad():
-            for name, gradient in gradients.items():
-                model.get_parameter(name).sub_(rate * gradient)
+        losses.append(descend(preference, model, step_data, theirs, take_gradients, rate))
     print(family, variant, losses)  # shown by pytest -s
     assert losses[-1][0] < losses[0][0]
 
@@ -131,18 +136,7 @@ def test_kto_has_the_losses_of_the_kto_trainer(open_tiny, take_gradients, tmp_pa
         told = {f"KL_{name}": value for name, value in padded(model, others).items()}
         batch = {**padded(model, examples), **told, "label": torch.tensor([row["label"] for row in rows])}
         theirs = trainer._compute_loss(model, batch, False)
-        theirs.backward()
-        expected = take_gradients(model)
-        ours = preference.accumulate(model, step_data, CPU, Engine())[0]
-        gradients = take_gradients(model)
-        losses.append((ours.item(), theirs.item()))
-        assert ours.item() == pytest.approx(theirs.item(), **TOLERANCE)
-        scale = max(g.abs().max() for g in expected.values())
-        error = max((gradients[n] - g).abs().max() for n, g in expected.items()) / scale
-        assert error < 1e-4, f"{error} of {scale}"
-        with torch.no_grad():
-            for name, gradient in gradients.items():
-                model.get_parameter(name).sub_(0.5 * gradient)
+        losses.append(descend(preference, model, step_data, theirs, take_gradients, rate=0.5))
     print("kto", losses)
     assert losses[-1][0] < losses[0][0]
 
