@@ -29,7 +29,8 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks.step import describe_machine
+from benchmarks.plain import IGNORE_INDEX, plain_batch
+from benchmarks.step import describe_machine, read_steps
 from partwise.data.loader import epoch_order
 from partwise.tiny import write_tiny
 
@@ -123,8 +124,7 @@ def run_ours(folder: Path, num_steps: int) -> Curve:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout[-1500:] + done.stderr[-1500:])
-    records = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
+    return [step["loss"] for step in read_steps(folder / "run")]
 
 
 def run_plain(folder: Path, num_steps: int, shuffle_seed: int | None = None) -> Curve:
@@ -145,7 +145,7 @@ def run_plain(folder: Path, num_steps: int, shuffle_seed: int | None = None) -> 
             shuffler.shuffle(rows)
             micro_batches = [rows[i : i + MICRO_BATCH] for i in range(0, len(rows), MICRO_BATCH)]
         batches = [collate(processor, part, folder / "data") for part in micro_batches]
-        num_targets = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        num_targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
         low = torch.autocast(DEVICE.type, torch.bfloat16) if shuffle_seed is not None else nullcontext()
         total = 0.0
         for batch in batches:
@@ -162,24 +162,16 @@ def run_plain(folder: Path, num_steps: int, shuffle_seed: int | None = None) -> 
 
 def collate(processor: Any, rows: list[dict[str, Any]], folder: Path) -> dict[str, torch.Tensor]:
     """A padded batch with targets on what follows the model's turn marker, its end of turn included."""
-    texts, answers = [], []
+    prompts, answers = [], []
     for row in rows:
         question, answer = (message["content"] for message in row["messages"])
         content = [{"type": "image"}, {"type": "text", "text": question.removeprefix("<image>")}]
         prompt = [{"role": "user", "content": content}]
-        start = processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        texts.append(f"{start}{answer}<end_of_turn>")
+        prompts.append(processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
         answers.append(f"{answer}<end_of_turn>")
     images = [[Image.open(folder / row["images"][0])] for row in rows]
-    batch = dict(
-        processor(text=texts, images=images, padding=True, add_special_tokens=False, return_tensors="pt")
-    )
-    labels = torch.full_like(batch["input_ids"], -100)
-    for index, answer in enumerate(answers):
-        length = len(processor.tokenizer.encode(answer, add_special_tokens=False))
-        end = int(batch["attention_mask"][index].sum())
-        labels[index, end - length : end] = batch["input_ids"][index, end - length : end]
-    return {name: value.to(DEVICE) for name, value in (batch | {"labels": labels}).items()}
+    batch = plain_batch(processor, prompts, answers, images)
+    return {name: value.to(DEVICE) for name, value in batch.items()}
 
 
 if __name__ == "__main__":

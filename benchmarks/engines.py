@@ -25,8 +25,8 @@ from step import (
     NUM_WARMUP_STEPS,
     append_row,
     describe_machine,
-    measured_steps,
     read_report,
+    read_steps,
     write_model,
     write_rows,
 )
@@ -111,7 +111,7 @@ def run_cell(name: str, folder: Path, base: Path) -> dict[str, Any]:
     row = {"contender": "partwise", **describe_cell(name)}
     if done.returncode:
         return row | {"error": done.stderr.strip()[-900:]}
-    steps, _, _ = measured_steps(folder / name)
+    steps = read_steps(folder / name)
     predicted = read_report(folder / name).get("memory", {}).get("peak_bytes")
     return row | describe_steps(steps, num_gpus) | {"predicted_peak_bytes": predicted}
 

@@ -24,7 +24,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from benchmarks.step import append_row, describe_machine
-from partwise.tiny import write_tiny
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/stages.md"
@@ -72,16 +71,10 @@ def main() -> None:
 def write_base(folder: Path) -> None:
     """data/, and base/: the demo's model after its training, with the projector that it began with."""
     sys.path.insert(0, str(DIGITS))
-    from prepare import write_rows
+    import prepare
 
-    write_rows(folder / "data")
-    write_tiny(
-        "gemma3",
-        folder / "random",
-        image_size=32,
-        mm_tokens=16,
-        vision={"patch_size": 8, "hidden_size": 96, "intermediate_size": 192},
-    )
+    prepare.write_rows(folder / "data")
+    prepare.write_base(folder / "random")
     config = yaml.safe_load((DIGITS / "config.yaml").read_text())
     train(folder, "trained", config | {"model": {"path": str(folder / "random"), "dtype": "float32"}})
     shutil.copytree(folder / "trained/final", folder / "base")

@@ -197,10 +197,15 @@ def run_cell(name: str, folder: Path) -> dict:
     }
 
 
+def read_steps(run: Path) -> list[dict]:
+    """The run's logged steps."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "loss" in record]
+
+
 def measured_steps(run: Path) -> tuple[list[dict], list[dict], list[float]]:
     """The run's logged steps, those of them after the warm-up, and the tokens per second of these."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "loss" in record]
+    steps = read_steps(run)
     measured = [step for step in steps if step["step"] > NUM_WARMUP_STEPS]
     return steps, measured, [step["num_input_tokens"] / step["step_seconds"] for step in measured]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from PIL import Image
+from plain import plain_batch
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -108,20 +109,16 @@ class Collate:
         self.processor.tokenizer.padding_side = "right"
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [self.written(sample) for sample in samples]
+        written = [self.written(sample) for sample in samples]
+        # What the template writes behind the answer is part of it: the end of the turn.
+        splits = [
+            text.rindex(sample["messages"][1]["content"])
+            for text, sample in zip(written, samples, strict=True)
+        ]
+        prompts = [text[:split] for text, split in zip(written, splits, strict=True)]
+        answers = [text[split:] for text, split in zip(written, splits, strict=True)]
         images = [[Image.open(self.folder / name) for name in sample["images"]] for sample in samples]
-        batch = dict(
-            self.processor(
-                text=texts, images=images, padding=True, add_special_tokens=False, return_tensors="pt"
-            )
-        )
-        labels = torch.full_like(batch["input_ids"], -100)
-        for row, sample in enumerate(samples):
-            answer = texts[row][texts[row].rindex(sample["messages"][1]["content"]) :]
-            length = len(self.processor.tokenizer.encode(answer, add_special_tokens=False))
-            end = int(batch["attention_mask"][row].sum())
-            labels[row, end - length : end] = batch["input_ids"][row, end - length : end]
-        return {**batch, "labels": labels}
+        return plain_batch(self.processor, prompts, answers, images)
 
     def written(self, sample: dict[str, Any]) -> str:
         question, answer = sample["messages"]

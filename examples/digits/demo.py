@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 from PIL import Image
-from prepare import write_rows
+from prepare import write_base, write_rows
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -24,7 +24,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from partwise.model.load import empty_model
 from partwise.model.parts import find_parts
-from partwise.tiny import write_tiny
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,13 +42,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     console.rule("data: scikit-learn's handwritten digits as chat rows")
     write_rows(FOLDER / "data")
-    write_tiny(
-        "gemma3",
-        FOLDER / "base",
-        image_size=32,
-        mm_tokens=16,
-        vision={"patch_size": 8, "hidden_size": 96, "intermediate_size": 192},
-    )
+    write_base(FOLDER / "base")
     run("partwise", "preview", HERE / "config.yaml", "--row", "0")
     console.rule("train every part of a Gemma-3 that starts from random weights")
     run("partwise", "train", HERE / "config.yaml")

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from partwise.tiny import write_tiny
+
 NUM_HELD_OUT = 360
 NUM_COPIES = 12000
 IMAGE_SIZE = 32
@@ -46,6 +48,17 @@ def write_rows(folder: Path, seed: int = 0) -> None:
         for question in QUESTIONS
     ]
     (folder / "held_out.jsonl").write_text("".join(rows))
+
+
+def write_base(folder: Path) -> None:
+    """The demo's Gemma-3 with random weights, as a whole Hugging Face folder."""
+    write_tiny(
+        "gemma3",
+        folder,
+        image_size=IMAGE_SIZE,
+        mm_tokens=16,
+        vision={"patch_size": 8, "hidden_size": 96, "intermediate_size": 192},
+    )
 
 
 def write_row(folder: Path, name: str, image: Image.Image, digit: int, question: str) -> str:
